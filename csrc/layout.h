@@ -1,0 +1,78 @@
+// How a set of tensors of one shape is walked: in the memory order of the first, with the strides of
+// each. Dense tensors of equal strides, the common case, collapse to one dimension of stride 1.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace fastopt {
+
+using Sizes = std::vector<int64_t>;
+
+class Layout {
+ public:
+  Layout() = default;
+
+  // `strides` holds one vector for each tensor, counted in elements like `shape`.
+  Layout(const Sizes& shape, const std::vector<Sizes>& strides) : strides_(strides.size()) {
+    for (int64_t size : shape) numel_ *= size;
+    std::vector<size_t> dims;
+    for (size_t d = 0; d < shape.size(); ++d)
+      if (shape[d] != 1) dims.push_back(d);
+    std::stable_sort(dims.begin(), dims.end(),
+                     [&](size_t a, size_t b) { return strides[0][a] > strides[0][b]; });
+    for (size_t d : dims) append(shape[d], d, strides);
+    if (shape_.empty()) {
+      shape_ = {1};
+      for (Sizes& s : strides_) s = {1};
+    }
+    for (size_t t = 0; t < strides_.size(); ++t)
+      if (strides_[t].size() == 1 && strides_[t][0] == 1) contiguous_ |= 1u << t;
+  }
+
+  int64_t numel() const { return numel_; }
+  bool contiguous(size_t tensor) const { return contiguous_ >> tensor & 1; }
+
+  // Calls f(offset of the first element, stride, count) for each run of elements begin .. begin + n
+  // of a tensor that lies along the innermost dimension.
+  template <class F>
+  void for_each_run(size_t tensor, int64_t begin, int64_t n, F&& f) const {
+    const Sizes& strides = strides_[tensor];
+    const int64_t inner = shape_.back();
+    while (n > 0) {
+      int64_t outer = begin / inner;
+      const int64_t start = begin % inner;
+      int64_t offset = start * strides.back();
+      for (size_t d = shape_.size() - 1; d-- > 0; outer /= shape_[d])
+        offset += outer % shape_[d] * strides[d];
+      const int64_t count = std::min(n, inner - start);
+      f(offset, strides.back(), count);
+      begin += count;
+      n -= count;
+    }
+  }
+
+ private:
+  // Adds a dimension inside the last one, merging the two where every tensor's strides allow.
+  void append(int64_t size, size_t d, const std::vector<Sizes>& strides) {
+    bool mergeable = !shape_.empty();
+    for (size_t t = 0; mergeable && t < strides.size(); ++t)
+      mergeable = strides_[t].back() == strides[t][d] * size;
+    if (mergeable) {
+      shape_.back() *= size;
+      for (size_t t = 0; t < strides.size(); ++t) strides_[t].back() = strides[t][d];
+    } else {
+      shape_.push_back(size);
+      for (size_t t = 0; t < strides.size(); ++t) strides_[t].push_back(strides[t][d]);
+    }
+  }
+
+  int64_t numel_ = 1;
+  uint32_t contiguous_ = 0;  // one bit for each tensor
+  Sizes shape_;
+  std::vector<Sizes> strides_;
+};
+
+}  // namespace fastopt

@@ -1,0 +1,173 @@
+#include "multi_tensor.h"
+
+#include <unistd.h>
+
+namespace fastopt {
+namespace {
+
+// For each tensor, one more than the latest wave of the earlier tensors that it shares memory with.
+std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
+  std::vector<int> waves(tensors.size(), 0);
+  std::vector<int> order;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i].active && tensors[i].extent > 0) order.push_back(static_cast<int>(i));
+  const auto begin = [&](int i) { return tensors[i].operands[0].data; };
+  const auto end = [&](int i) { return begin(i) + tensors[i].extent; };
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return begin(a) < begin(b); });
+
+  bool any_shared = false;
+  for (size_t k = 1; k < order.size(); ++k) any_shared |= end(order[k - 1]) > begin(order[k]);
+  if (!any_shared) return waves;
+
+  std::sort(order.begin(), order.end());
+  for (size_t k = 0; k < order.size(); ++k)
+    for (size_t j = 0; j < k; ++j) {
+      const int now = order[k], earlier = order[j];
+      if (begin(now) < end(earlier) && begin(earlier) < end(now))
+        waves[now] = std::max(waves[now], waves[earlier] + 1);
+    }
+  return waves;
+}
+
+// A process forked after the first parallel region has no OpenMP workers, and libgomp would wait
+// for them for ever: there, work serially.
+bool forked() {
+  static const pid_t owner = getpid();
+  return getpid() != owner;
+}
+const bool owner_recorded = forked();
+
+template <class T>
+T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
+            int64_t begin, int64_t n, T* buffer) {
+  constexpr DType own = sizeof(T) == sizeof(double) ? DType::float64 : DType::float32;
+  const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
+  const auto load = k.load[static_cast<int>(operand.dtype)];
+  if (layout.contiguous(index)) {
+    char* at = operand.data + begin * size;
+    if (operand.dtype == own) return reinterpret_cast<T*>(at);
+    load(at, 1, n, buffer);
+    return buffer;
+  }
+  T* to = buffer;
+  layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
+    load(operand.data + offset * size, stride, count, to);
+    to += count;
+  });
+  return buffer;
+}
+
+template <class T>
+void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
+               int64_t begin, int64_t n, const T* from) {
+  const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
+  const auto store = k.store[static_cast<int>(operand.dtype)];
+  layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
+    store(from, operand.data + offset * size, stride, count);
+    from += count;
+  });
+}
+
+template <class T>
+void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const double* scalars) {
+  const Kernels<T>& k = kernels<T>();
+  // Small enough for all the buffers to stay in the first-level cache.
+  T buffers[2 + kMaxStates][kBlock / 2];
+  for (int64_t done = 0, n; done < chunk.n; done += n) {
+    T* blocks[2 + kMaxStates];
+    bool staged[2 + kMaxStates];
+    n = std::min<int64_t>(kBlock / 2, chunk.n - done);
+    bool any_staged = false;
+    for (int i = 0; i < tensor.n_operands; ++i) {
+      blocks[i] = stage_in(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n,
+                           buffers[i]);
+      staged[i] = blocks[i] == buffers[i];
+      any_staged |= staged[i];
+    }
+    if (!any_staged) n = chunk.n;  // nothing to convert: the whole chunk in one go
+    k.update[tensor.rule](blocks[0], blocks[1], blocks + 2, n, scalars);
+    for (int i = 0; i < tensor.n_operands; ++i)
+      if (staged[i] && i != 1)
+        stage_out(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n, blocks[i]);
+  }
+}
+
+template <class T>
+double reduce_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, Reduction reduction,
+                    double order) {
+  const Kernels<T>& k = kernels<T>();
+  const auto reduce = k.reduce[static_cast<int>(reduction)];
+  T buffer[kBlock];
+  double partials[kChunk / kBlock];
+  int64_t blocks = 0;
+  for (int64_t done = 0; done < chunk.n; done += kBlock) {
+    const int64_t n = std::min(kBlock, chunk.n - done);
+    const T* x = stage_in(k, tensor.grad_layout, 0, tensor.operands[1], chunk.begin + done, n,
+                          buffer);
+    partials[blocks++] = reduce(x, n, order);
+  }
+  return reduce_all(reduction, partials, blocks);
+}
+
+}  // namespace
+
+Schedule::Schedule(const std::vector<Tensor>& tensors) {
+  const std::vector<int> wave = waves_of(tensors);
+  const int n_waves = tensors.empty() ? 1 : *std::max_element(wave.begin(), wave.end()) + 1;
+  for (int w = 0; w < n_waves; ++w) {
+    waves_.push_back(static_cast<int64_t>(tasks_.size()));
+    int64_t slot = 0, room = 0;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      if (!tensors[t].active) continue;
+      const int64_t numel = tensors[t].layout.numel();
+      for (int64_t begin = 0; begin < numel; begin += kChunk, ++slot) {
+        if (wave[t] != w) continue;
+        const int64_t n = std::min(kChunk, numel - begin);
+        if (room < n) {
+          tasks_.push_back(static_cast<int64_t>(chunks_.size()));
+          room = kChunk;
+        }
+        room -= n;
+        chunks_.push_back({static_cast<int>(t), begin, n, slot});
+      }
+    }
+  }
+  tasks_.push_back(static_cast<int64_t>(chunks_.size()));
+  waves_.push_back(static_cast<int64_t>(tasks_.size()) - 1);
+}
+
+template <class F>
+void Schedule::for_each_chunk(int threads, const F& f) const {
+  if (forked()) threads = 1;
+  for (size_t w = 0; w + 1 < waves_.size(); ++w) {
+    const int64_t first = waves_[w], last = waves_[w + 1];
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && last - first > 1)
+    for (int64_t task = first; task < last; ++task)
+      for (int64_t c = tasks_[task]; c < tasks_[task + 1]; ++c) f(chunks_[c]);
+  }
+}
+
+double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,
+                    double order, int threads) {
+  const Reduction reduction = reduction_of(order);
+  std::vector<double> partials(schedule.n_slots());
+  schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
+    const Tensor& tensor = tensors[chunk.tensor];
+    const bool in_double = tensor.operands[1].dtype == DType::float64;
+    partials[chunk.slot] = in_double ? reduce_chunk<double>(tensor, chunk, reduction, order)
+                                     : reduce_chunk<float>(tensor, chunk, reduction, order);
+  });
+  return reduce_all(reduction, partials.data(), schedule.n_slots());
+}
+
+void update(const std::vector<Tensor>& tensors, const Schedule& schedule,
+            const std::vector<double>& scalars, int64_t row_size, int threads) {
+  schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
+    const Tensor& tensor = tensors[chunk.tensor];
+    const double* row = scalars.data() + tensor.scalars * row_size;
+    tensor.in_double ? update_chunk<double>(tensor, chunk, row)
+                     : update_chunk<float>(tensor, chunk, row);
+  });
+}
+
+}  // namespace fastopt

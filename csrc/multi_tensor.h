@@ -1,0 +1,64 @@
+// The passes over many tensors at once: a schedule of chunks, the norm pass and the update pass.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace fastopt {
+
+struct Operand {
+  char* data = nullptr;
+  DType dtype = DType::float32;
+};
+
+// One parameter with all that a step reads and writes of it.
+struct Tensor {
+  // operands[0] is the parameter, [1] the gradient, the rest the states, all walked by `layout`.
+  std::array<Operand, 2 + kMaxStates> operands;
+  int n_operands = 0;
+  Layout layout;
+  Layout grad_layout;  // the gradient in its own memory order: the order of the norm
+  int rule = 0;        // index into Rules
+  bool in_double = false;
+  int64_t extent = 0;  // bytes from the parameter's first element to the end of its last
+  bool active = true;  // has a gradient in this step
+  int scalars = 0;     // which row of scalars it takes
+};
+
+// A flat list of chunks of at most kChunk elements, grouped into tasks of about that many elements.
+// Tensors that share memory with an earlier one go into a later wave, so that they are updated one
+// after the other, in order, as a plain loop would.
+class Schedule {
+ public:
+  struct Chunk {
+    int tensor;
+    int64_t begin, n;
+    int64_t slot;  // position in the order of tensors: where the norm pass puts its partial result
+  };
+
+  explicit Schedule(const std::vector<Tensor>& tensors);
+
+  int64_t n_slots() const { return static_cast<int64_t>(chunks_.size()); }
+
+  // Calls f(chunk) for every chunk, in parallel within a wave. f must not throw.
+  template <class F>
+  void for_each_chunk(int threads, const F& f) const;
+
+ private:
+  std::vector<Chunk> chunks_;
+  std::vector<int64_t> tasks_;  // first chunk of each task, then the number of chunks
+  std::vector<int64_t> waves_;  // first task of each wave, then the number of tasks
+};
+
+// The sum of abs(x)^order over the gradients of all active tensors; their maximum for infinity.
+double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,
+                    double order, int threads);
+
+// Updates all active tensors. `scalars` is a table of rows of `row_size`.
+void update(const std::vector<Tensor>& tensors, const Schedule& schedule,
+            const std::vector<double>& scalars, int64_t row_size, int threads);
+
+}  // namespace fastopt

@@ -1,0 +1,293 @@
+#include "plan.h"
+
+#include <pybind11/stl.h>
+
+#include <unordered_map>
+
+namespace fastopt {
+namespace {
+
+decltype(dlpack::ExchangeAPI::tensor_from_py_object) read_tensor = nullptr;
+
+// False where the object is no dense tensor of a dtype that DLPack knows.
+bool read(PyObject* object, dlpack::Tensor& out) {
+  if (read_tensor(object, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool is_dtype(const dlpack::Tensor& tensor, DType dtype) {
+  const uint8_t code = dtype == DType::bfloat16 ? 4 : 2;
+  return tensor.dtype.code == code && tensor.dtype.lanes == 1 &&
+         tensor.dtype.bits == 8 * kItemSize[static_cast<int>(dtype)] &&
+         tensor.device.type == dlpack::kCPU;
+}
+
+const char* address(const dlpack::Tensor& tensor) {
+  return static_cast<const char*>(tensor.data) + tensor.byte_offset;
+}
+
+// Strides of dimensions of size 1 have no meaning, and torch does not keep them.
+bool same_sizes(const dlpack::Tensor& tensor, int32_t ndim, const int64_t* shape,
+                const int64_t* strides) {
+  if (tensor.ndim != ndim) return false;
+  for (int32_t d = 0; d < ndim; ++d)
+    if (tensor.shape[d] != shape[d] || (shape[d] != 1 && tensor.strides[d] != strides[d]))
+      return false;
+  return true;
+}
+
+template <size_t... R>
+int find_rule(const std::string& name, const std::string& states, std::index_sequence<R...>) {
+  int found = -1;
+  ((name == std::tuple_element_t<R, Rules>::name && states == std::tuple_element_t<R, Rules>::states
+        ? void(found = static_cast<int>(R))
+        : void()),
+   ...);
+  return found;
+}
+
+// What Item.for_native makes: type of the gradient, whether it is there, state dict or None, rule
+// index, descriptions of parameter, gradient (of the parameter where there is none) and states, the
+// state tensors, step tensor or None, its description, whether the states are new.
+using Details = std::tuple<py::object, bool, py::object, int, py::list, py::list, py::object,
+                           py::object, bool>;
+
+}  // namespace
+
+Description::Description(const py::tuple& description)
+    : data(reinterpret_cast<char*>(description[0].cast<uintptr_t>())),
+      dtype(static_cast<DType>(description[1].cast<int>())),
+      shape(description[2].cast<Sizes>()),
+      strides(description[3].cast<Sizes>()) {}
+
+int rule_index(const std::string& name, const std::string& states) {
+  const int index = find_rule(name, states, std::make_index_sequence<kRules>());
+  if (index < 0) throw py::value_error("no rule " + name + " with the states (" + states + ")");
+  return index;
+}
+
+Tensor make_tensor(int rule, const std::vector<Description>& operands) {
+  Tensor tensor;
+  tensor.rule = rule;
+  tensor.in_double = operands[0].dtype == DType::float64;
+  tensor.n_operands = static_cast<int>(operands.size());
+  std::vector<Sizes> strides;
+  for (size_t i = 0; i < operands.size(); ++i) {
+    tensor.operands[i] = {operands[i].data, operands[i].dtype};
+    strides.push_back(operands[i].strides);
+  }
+  const Sizes& shape = operands[0].shape;
+  tensor.layout = Layout(shape, strides);
+  tensor.grad_layout = Layout(shape, {strides[1]});
+  if (tensor.layout.numel() > 0) {
+    int64_t last = 0;
+    for (size_t d = 0; d < shape.size(); ++d) last += (shape[d] - 1) * strides[0][d];
+    tensor.extent = (last + 1) * kItemSize[static_cast<int>(operands[0].dtype)];
+  }
+  return tensor;
+}
+
+bool set_exchange_api(const py::capsule& capsule) {
+  const auto* api = static_cast<const dlpack::ExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+  if (!api) throw py::error_already_set();
+  if (api->header.major != dlpack::kMajorVersion) return false;
+  read_tensor = api->tensor_from_py_object;
+  return read_tensor != nullptr;
+}
+
+Plan::Plan(py::list groups, py::dict state, const py::list& items)
+    : groups_(std::move(groups)), state_(std::move(state)), last_cohort_(groups_.size()) {
+  const auto keep = [this](py::handle object) {
+    kept_.push_back(py::reinterpret_borrow<py::object>(object));
+    return object.ptr();
+  };
+  const auto entries_of = [&keep](const py::dict& dict, std::vector<Entry>& entries) {
+    for (const auto& [key, value] : dict) entries.push_back({keep(key), keep(value)});
+  };
+  for (py::handle group : groups_) group_params_.emplace_back(group["params"]);
+  entries_of(state_, state_entries_);
+
+  std::unordered_map<PyObject*, int16_t> seen;
+  for (py::handle handle : items) {
+    const auto [group, param, details] =
+        handle.cast<std::tuple<int, py::object, std::optional<Details>>>();
+    Item item{};
+    item.group = group;
+    item.param = keep(param);
+    item.repeat = seen[item.param]++;
+    item.updated = details.has_value();
+    Tensor tensor;
+    tensor.active = false;
+    if (details) {
+      const auto& [grad_type, active, own_state, rule, descriptions, states, step,
+                   step_description, fresh] = *details;
+      std::vector<Description> operands;
+      for (py::handle d : descriptions) operands.emplace_back(py::cast<py::tuple>(d));
+      tensor = make_tensor(rule, operands);
+      tensor.active = active;
+      const bool empty = tensor.layout.numel() == 0;  // then an address means nothing
+      item.grad_type = reinterpret_cast<PyTypeObject*>(keep(grad_type));
+      item.data = empty ? nullptr : operands[0].data;
+      item.ndim = static_cast<int32_t>(operands[0].shape.size());
+      item.dtype = operands[0].dtype;
+      item.grad_dtype = operands[1].dtype;
+      item.fresh = fresh;
+      for (const Sizes* sizes : {&operands[0].shape, &operands[0].strides, &operands[1].strides})
+        sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
+      if (!own_state.is_none()) {
+        item.state = keep(own_state);
+        entries_of(own_state, entries_);
+      }
+      for (size_t k = 0; k < states.size(); ++k) {
+        const Operand& operand = tensor.operands[2 + k];
+        watched_.push_back({states[k].ptr(), empty ? nullptr : operand.data, operand.dtype});
+      }
+      if (!step.is_none()) {
+        const Description described(py::cast<py::tuple>(step_description));
+        item.step = reinterpret_cast<float*>(described.data);
+        watched_.push_back({step.ptr(), described.data, described.dtype});
+      }
+    }
+    item.sizes_end = sizes_.size();
+    item.entries_end = entries_.size();
+    item.watched_end = watched_.size();
+    items_.push_back(item);
+    tensors_.push_back(std::move(tensor));
+  }
+  schedule();
+}
+
+bool Plan::groups_hold() const {
+  if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != group_params_.size()) return false;
+  static PyObject* const params_key = PyUnicode_InternFromString("params");
+  size_t i = 0;
+  for (size_t g = 0; g < group_params_.size(); ++g) {
+    PyObject* params = PyDict_GetItemWithError(PyList_GET_ITEM(groups_.ptr(), g), params_key);
+    if (params != group_params_[g].ptr()) return false;
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i)
+      if (i >= items_.size() || PyList_GET_ITEM(params, k) != items_[i].param) return false;
+  }
+  return i == items_.size();
+}
+
+namespace {
+
+template <class Entry>
+bool dict_holds(PyObject* dict, const Entry* begin, const Entry* end) {
+  if (PyDict_GET_SIZE(dict) != end - begin) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (; PyDict_Next(dict, &position, &key, &value); ++begin)
+    if (key != begin->key || value != begin->value) return false;
+  return true;
+}
+
+}  // namespace
+
+bool Plan::state_holds() const {
+  return dict_holds(state_.ptr(), state_entries_.data(),
+                    state_entries_.data() + state_entries_.size());
+}
+
+// Whether parameter and states are where they were.
+bool Plan::item_holds(size_t i) const {
+  const Item& item = items_[i];
+  if (item.state && !dict_holds(item.state, entries_.data() + (i ? items_[i - 1].entries_end : 0),
+                                entries_.data() + item.entries_end))
+    return false;
+  dlpack::Tensor tensor;
+  const int64_t* shape = &sizes_[item.sizes_end - 3 * item.ndim];
+  if (!read(item.param, tensor) || !is_dtype(tensor, item.dtype) ||
+      (item.data && address(tensor) != item.data) ||
+      !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
+    return false;
+  for (size_t w = i ? items_[i - 1].watched_end : 0; w < item.watched_end; ++w)
+    if (!read(watched_[w].tensor, tensor) || !is_dtype(tensor, watched_[w].dtype) ||
+        (watched_[w].data && address(tensor) != watched_[w].data))
+      return false;
+  return true;
+}
+
+// Takes the gradient's address; false where it is not of the kind that the plan was built for.
+bool Plan::find_grad(size_t i) {
+  const Item& item = items_[i];
+  Tensor& tensor = tensors_[i];
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_name));
+  if (!grad) {
+    PyErr_Clear();
+    return false;
+  }
+  if (tensor.active == grad.is_none()) {
+    tensor.active = !tensor.active;
+    schedule_.reset();
+  }
+  if (!tensor.active) return true;
+  dlpack::Tensor found;
+  const int64_t* shape = sizes_.data() + item.sizes_end - 3 * item.ndim;
+  if (!item.updated || Py_TYPE(grad.ptr()) != item.grad_type || !read(grad.ptr(), found) ||
+      !is_dtype(found, item.grad_dtype) ||
+      !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim))
+    return false;
+  tensor.operands[1].data = const_cast<char*>(address(found));
+  return true;
+}
+
+bool Plan::refresh() {
+  if (!read_tensor || !groups_hold() || !state_holds()) return false;
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (!find_grad(i) || (tensors_[i].active && !item_holds(i))) return false;
+  if (!schedule_) schedule();
+  return true;
+}
+
+void Plan::schedule() {
+  schedule_.emplace(tensors_);
+  active_params_ = py::list();
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (tensors_[i].active) active_params_.append(py::handle(items_[i].param));
+}
+
+int Plan::cohort_of(const Item& item) {
+  const double step = item.step ? *item.step + 1.0 + item.repeat
+                                : (item.fresh && item.repeat == 0 ? 1.0 : 2.0);
+  const Cohort wanted{item.group, step};
+  int& last = last_cohort_[item.group];
+  if (last >= 0 && cohorts_[last] == wanted) return last;
+  const auto found = std::find(cohorts_.begin(), cohorts_.end(), wanted);
+  last = static_cast<int>(found - cohorts_.begin());
+  if (found == cohorts_.end()) cohorts_.push_back(wanted);
+  return last;
+}
+
+const std::vector<Plan::Cohort>& Plan::cohorts() {
+  cohorts_.clear();
+  std::fill(last_cohort_.begin(), last_cohort_.end(), -1);
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (tensors_[i].active) tensors_[i].scalars = cohort_of(items_[i]);
+  return cohorts_;
+}
+
+double Plan::sum_of_squares(int threads) const {
+  py::gil_scoped_release release;
+  return reduce_grads(tensors_, *schedule_, 2, threads);
+}
+
+void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) {
+  size_t row_size = 0;
+  for (const auto& row : scalars) row_size = std::max(row_size, row.size());
+  std::vector<double> table(scalars.size() * row_size);
+  for (size_t r = 0; r < scalars.size(); ++r)
+    std::copy(scalars[r].begin(), scalars[r].end(), table.begin() + r * row_size);
+  py::gil_scoped_release release;
+  fastopt::update(tensors_, *schedule_, table, row_size, threads);
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!tensors_[i].active) continue;
+    if (items_[i].step) *items_[i].step += 1;
+    items_[i].fresh = false;
+  }
+}
+
+}  // namespace fastopt

@@ -1,0 +1,115 @@
+// The cached plan of one optimizer's step: what was found when every tensor was last validated in
+// Python, and the check, before each step, that it still holds.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "multi_tensor.h"
+
+namespace fastopt {
+
+namespace py = pybind11;
+
+// Address, dtype, shape and strides of a tensor: the tuple that fastopt.plan.describe makes.
+struct Description {
+  char* data;
+  DType dtype;
+  Sizes shape, strides;
+
+  explicit Description(const py::tuple& description);
+};
+
+// The index into Rules of a rule with these states (names separated by spaces).
+int rule_index(const std::string& name, const std::string& states);
+
+// operands: parameter, gradient, states.
+Tensor make_tensor(int rule, const std::vector<Description>& operands);
+
+// `api` is torch.Tensor.__dlpack_c_exchange_api__; false where its version is not understood.
+// Without it no plan outlives its step.
+bool set_exchange_api(const py::capsule& api);
+
+class Plan {
+ public:
+  // The index of a param group, and the number, counted from 1, of the step that some of its
+  // parameters are about to make.
+  using Cohort = std::pair<int, double>;
+
+  // groups and state are the optimizer's own. Each item stands for a parameter, in the order of the
+  // groups: (group index, parameter, what Item.for_native of fastopt/plan.py makes of it or None).
+  // None is for a parameter that this plan does not update, because it has neither gradient nor
+  // states or belongs to another backend.
+  Plan(py::list groups, py::dict state, const py::list& items);
+
+  // Takes the gradients that are there now. False where anything else has changed since the plan was
+  // built but the gradients' addresses and which of them are None.
+  bool refresh();
+
+  // What this step consists of: one row of scalars is wanted for each.
+  const std::vector<Cohort>& cohorts();
+
+  // The parameters that have a gradient.
+  py::list active_params() const { return active_params_; }
+
+  double sum_of_squares(int threads) const;
+
+  // Updates these parameters and counts their steps. scalars has one row for each cohort.
+  void update(const std::vector<std::vector<double>>& scalars, int threads);
+
+ private:
+  struct Entry {  // of a state dict
+    PyObject* key;
+    PyObject* value;
+  };
+  struct Watched {  // a state tensor that must stay where it is
+    PyObject* tensor;
+    const void* data;
+    DType dtype;
+  };
+  struct Item {
+    PyObject* param;
+    PyTypeObject* grad_type;
+    PyObject* state;  // null where the rule has none
+    bool updated;     // by this plan, once there is a gradient
+    const void* data;
+    int32_t ndim;
+    DType dtype, grad_dtype;
+    int16_t repeat;  // how often the parameter stands earlier in the groups
+    int group;
+    float* step;
+    bool fresh;  // it has no step to count, and its states are new
+    size_t sizes_end, entries_end, watched_end;  // ends of its parts in the vectors below
+  };
+
+  bool groups_hold() const;
+  bool state_holds() const;
+  bool item_holds(size_t i) const;
+  bool find_grad(size_t i);
+  void schedule();
+  int cohort_of(const Item& item);
+
+  py::list groups_;
+  py::dict state_;
+  std::vector<py::object> kept_;  // keeps every object that is compared by identity alive
+  std::vector<py::object> group_params_;
+  std::vector<Entry> state_entries_;  // of state_ itself
+  std::vector<Item> items_;
+  // The items' parts, one item after the other, so that a check runs straight through memory.
+  std::vector<int64_t> sizes_;  // shape, parameter's strides, gradient's strides
+  std::vector<Entry> entries_;
+  std::vector<Watched> watched_;
+
+  std::vector<Tensor> tensors_;  // one for each item
+  std::vector<Cohort> cohorts_;
+  std::vector<int> last_cohort_;  // of each group
+  std::optional<Schedule> schedule_;
+  py::list active_params_;
+};
+
+}  // namespace fastopt

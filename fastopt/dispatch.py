@@ -1,0 +1,227 @@
+"""Which backend takes a tensor, and what no backend can take."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import RULES
+
+# In the order of DType in csrc/dtypes.h.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+BACKENDS = ("cpp", "reference")
+
+
+class Backend(NamedTuple):
+    """Whether a backend works here.
+
+    Args:
+        available: whether it can be used.
+        detail: what it runs with, or the reason why it cannot be used.
+    """
+
+    available: bool
+    detail: str
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled extension, or None and the reason."""
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, (
+            f"the compiled extension cannot be imported ({error}): "
+            "reinstall fastopt where there is a C++ compiler, or use a wheel for this Python"
+        )
+    compiled = {name: tuple(filter(None, names.split(", "))) for name, _, names in _C.rules()}
+    if any(compiled.get(name) != rule.scalar_names for name, rule in RULES.items()):
+        return None, "the compiled extension is of another version of fastopt: reinstall fastopt"
+    try:
+        if isa := os.environ.get("FASTOPT_ISA"):
+            _C.use_isa(isa)
+    except ValueError as error:
+        return None, f"FASTOPT_ISA={isa}: {error}"
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if api is not None:
+        _C.set_exchange_api(api)
+    return _C, ""
+
+
+def extension() -> ModuleType | None:
+    """The compiled extension, None where there is none."""
+    return _load()[0]
+
+
+def backends() -> dict[str, Backend]:
+    """What works here: for each backend, whether it is available, and with what or why not."""
+    module, reason = _load()
+    return {
+        "cpp": Backend(True, f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads")
+        if module
+        else Backend(False, reason),
+        "reference": Backend(True, f"tensors of any device; torch {torch.__version__} operators"),
+    }
+
+
+def resolve(backend: str) -> str:
+    """The backend that an optimizer's ``backend`` argument stands for.
+
+    ``"auto"`` stands for the environment variable ``FASTOPT_BACKEND`` where it is set.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend does not work here.
+    """
+    asked = f"backend={backend!r}"
+    if backend == "auto" and (from_environment := os.environ.get("FASTOPT_BACKEND")):
+        backend = from_environment
+        asked = f"FASTOPT_BACKEND={backend}"
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{asked}: the backends are auto, {', '.join(BACKENDS)}")
+    if backend != "auto" and not (found := backends()[backend]).available:
+        raise RuntimeError(f"{asked} does not work here: {found.detail}")
+    return backend
+
+
+def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
+    """The backend that updates a parameter, given with its gradient and states.
+
+    Raises:
+        RuntimeError: ``backend`` was asked for and cannot take these tensors.
+    """
+    obstacle = _cpp_obstacle(tensors)
+    if backend == "cpp" and obstacle:
+        raise RuntimeError(f"{where} {obstacle}, which backend='cpp' cannot update: use 'auto'")
+    if backend == "reference" or obstacle:
+        return "reference"
+    if extension() is None:
+        _warn_once(_load()[1])
+        return "reference"
+    return "cpp"
+
+
+def _cpp_obstacle(tensors: list[Tensor]) -> str:
+    """Why the C++ kernels, which work on plain memory, cannot take these tensors; "" if they can."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"is on {tensor.device}"
+        # A subclass that intercepts operators (DTensor, ...) may hold no memory of its own.
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"is a {type(tensor).__name__}"
+        if tensor.is_neg():
+            return "is a lazily negated view"
+    return ""
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"fastopt steps CPU parameters with its slow reference backend: {reason}", stacklevel=2
+    )
+
+
+def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
+    """Raises where no backend can work on the tensor.
+
+    Args:
+        where: names the tensor when formatted, which happens only for an error.
+
+    Raises:
+        RuntimeError: in one sentence that begins with ``where``: what was found, and what to do.
+    """
+    if tensor.layout != torch.strided:
+        found = f"is {tensor.layout}, and only dense tensors are supported"
+        cure = "use torch.optim.SparseAdam, or sparse=False in the embedding"
+    elif tensor.is_complex():
+        found, cure = "is complex, which is not supported", "optimize torch.view_as_real of it"
+    elif tensor.dtype not in DTYPES:
+        found = f"is {tensor.dtype}, which is not supported"
+        cure = f"convert it to one of {', '.join(map(str, DTYPES))}"
+    elif tensor.is_meta:
+        found = "is on the meta device and has no data"
+        cure = "materialize the model (to_empty, then initialize) first"
+    else:
+        return
+    raise RuntimeError(f"{prefix}{where} {found}: {cure}")
+
+
+def check(param: Tensor, grad: Tensor, where: object) -> None:
+    """Raises where no backend can update ``param`` with ``grad``.
+
+    Raises:
+        RuntimeError: as in `check_dense`.
+    """
+    check_dense(param, where)
+    check_dense(grad, where, "the gradient of ")
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"{where} is on {param.device} and its gradient on {grad.device}: "
+            "move the parameter before the backward pass"
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{where} has a gradient of shape {tuple(grad.shape)}: "
+            "set it to None when the parameter's data is replaced"
+        )
+    if grad.dtype not in (param.dtype, _grad_dtype(param)):
+        raise RuntimeError(
+            f"{where} is {param.dtype} and its gradient {grad.dtype}: "
+            "set it to None when the parameter's dtype changes, or set parameter.grad_dtype"
+        )
+    if _overlaps_itself(param):
+        raise RuntimeError(
+            f"{where} has several elements in one place of memory (an expanded tensor?): "
+            "optimize the tensor that it was expanded from, or a clone"
+        )
+
+
+def check_state(param: Tensor, name: str, state: object, where: object) -> None:
+    """Raises where a state that is there already does not fit its parameter.
+
+    Raises:
+        RuntimeError: as in `check_dense`.
+    """
+    found = type(state).__name__
+    if isinstance(state, Tensor):
+        if (
+            state.shape == param.shape
+            and state.device == param.device
+            and state.dtype in DTYPES
+            and state.layout == torch.strided
+        ):
+            return
+        found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
+    raise RuntimeError(
+        f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
+        "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+    )
+
+
+def _grad_dtype(param: Tensor) -> torch.dtype | None:
+    return getattr(param, "grad_dtype", None)  # torch < 2.13 has no such attribute
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    sizes = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1)
+    reach = 0  # from the first element to the last, over the dimensions seen so far
+    for stride, size in sizes:
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return False
+    # Interleaved dimensions may still not collide: look at every element's place.
+    places = torch.zeros(1, dtype=torch.int64)
+    for stride, size in sizes:
+        places = (places[:, None] + torch.arange(size) * stride).view(-1)
+    return places.unique().numel() < places.numel()

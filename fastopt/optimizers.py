@@ -1,0 +1,340 @@
+"""The optimizers: torch's constructors and state, one fused step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .plan import Plan, new_states
+from .rules import RULES, Group, Rule
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+class Optimizer(torch.optim.Optimizer):
+    """What the optimizers have in common; a subclass adds its rule and its settings.
+
+    States are torch's by name, kept in fp32 (fp64 for fp64 parameters) whatever the parameter's
+    dtype. State dicts go from and to the torch class of the same name.
+
+    Args:
+        params: tensors, (name, tensor) pairs or param groups, as in torch. Every setting may differ
+            between groups.
+        lr, ...: as in the torch class of the same name; tensors are read at each step.
+        maximize: step up the gradient instead of down.
+        foreach, fused: accepted for torch's sake; every step here is fused.
+        capturable: must be False; CUDA graphs are not supported yet.
+        differentiable: must be False.
+        max_norm: clip the gradients by their global 2-norm over all parameters of the optimizer, as
+            `torch.nn.utils.clip_grad_norm_` before the step would, but without writing to them.
+            `math.inf` only measures; None, the default, does neither. A group may have its own
+            ``max_norm``, but the norm is always that of all groups.
+        clip_value: clamp every element of the gradients to ±clip_value, after ``max_norm``.
+        backend: "auto", "cpp" or "reference"; "auto" follows the environment variable
+            ``FASTOPT_BACKEND`` where it is set, and else takes the fastest for each parameter.
+
+    Attributes:
+        grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64 for
+            fp64 parameters); None where no group has a ``max_norm``.
+
+    Raises:
+        ValueError: a setting is out of range or not finite, or there is no such backend.
+        NotImplementedError: ``differentiable`` or ``capturable`` is True.
+        RuntimeError: the backend does not work here.
+    """
+
+    rule: ClassVar[Rule]
+    #: Settings that between them call for every kernel of the rule; the first is the common case.
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    grad_norm: Tensor | None = None
+    _plan: Plan | None = None
+
+    def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
+        self.backend = dispatch.resolve(backend)
+        super().__init__(params, defaults)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Makes one step: for all parameters that have a gradient, or none where it raises.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned here.
+
+        Raises:
+            RuntimeError: a parameter, gradient or state cannot be used: sparse, complex, on another
+                device, ...; the message names it.
+            ValueError: a hyperparameter is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plan is None or not self._plan.holds(self):
+            self._plan = None
+            self._plan = Plan(self)
+        self._plan.run(self)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as in torch.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        if isinstance(param_group, dict):
+            _check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of the torch class of the same name.
+
+        Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
+        copies them, so that the optimizer shares no memory with ``state_dict``.
+        """
+        # Registered only now, to run after the user's hooks.
+        handle = self.register_load_state_dict_pre_hook(_wrap_tensors)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called after unpickling, deepcopy and load_state_dict.
+        super().__setstate__(state)
+        self._plan = None
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            names = self.rule.states(group)
+            for param in group["params"]:
+                for name, value in self.state.get(param, {}).items():
+                    if isinstance(value, _Saved):
+                        self.state[param][name] = value.restored(param, name, names)
+
+
+class _Saved:
+    """A tensor of a state dict, out of the reach of torch's casts."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def restored(self, param: Tensor, name: str, names: tuple[str, ...]) -> Tensor:
+        if name == "step":
+            return torch.tensor(float(self.tensor), dtype=torch.float32)
+        dtype = reference.arithmetic_dtype(param) if name in names else self.tensor.dtype
+        return self.tensor.to(param.device, dtype, copy=True)
+
+
+def _wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def wrapped(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: wrapped(v) for k, v in value.items()}
+        return _Saved(value) if isinstance(value, Tensor) else value
+
+    return {**state_dict, "state": wrapped(state_dict["state"])}
+
+
+# The names that torch gives them in its messages.
+_NON_NEGATIVE = {
+    "lr": "learning rate",
+    "momentum": "momentum value",
+    "weight_decay": "weight_decay value",
+    "eps": "epsilon value",
+    "alpha": "alpha value",
+    "lr_decay": "lr_decay value",
+    "initial_accumulator_value": "initial_accumulator_value value",
+    "clip_value": "clip_value",
+}
+
+
+def _check_settings(group: Group) -> None:
+    """Raises as the optimizers' docstrings say; messages as in torch where it has them."""
+    for key, words in _NON_NEGATIVE.items():
+        value = group.get(key)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {key} must be 1-element")
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"Invalid {words}: {value}")
+    for index, beta in enumerate(group.get("betas", ())):
+        if not 0 <= beta < 1:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if group["max_norm"] is not None and not group["max_norm"] >= 0:
+        raise ValueError(f"Invalid max_norm: {group['max_norm']}")
+    if not math.isfinite(group.get("dampening", 0)):
+        raise ValueError(f"Invalid dampening value: {group['dampening']}")
+    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group.get("differentiable"):
+        raise NotImplementedError(
+            "differentiable=True is not supported: autograd cannot see through a fused step; "
+            "use the torch.optim class of the same name"
+        )
+    if group.get("capturable"):
+        raise NotImplementedError(
+            "capturable=True is not supported yet: leave it False and step outside of CUDA graphs"
+        )
+    if group.get("foreach") and group.get("fused"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of a param group: all arguments of a constructor but these."""
+    others = ("self", "params", "backend", "__class__")
+    return {key: value for key, value in arguments.items() if key not in others}
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, as `torch.optim.SGD`."""
+
+    rule = RULES["sgd"]
+    variants = (
+        {"momentum": 0.9},
+        {},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "dampening": 0.1},
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(params, _settings(locals()), backend)
+
+
+class Adagrad(Optimizer):
+    """Adagrad, as `torch.optim.Adagrad`. Its states exist from the start, as in torch."""
+
+    rule = RULES["adagrad"]
+    variants = ({}, {"lr_decay": 0.01, "initial_accumulator_value": 0.1})
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(params, _settings(locals()), backend)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if param.is_floating_point() and param not in self.state:
+                self.state[param] = new_states(self.rule, group, param, {}, self.rule.states(group))
+
+
+class RMSprop(Optimizer):
+    """RMSprop, as `torch.optim.RMSprop`, but never NaN where ``centered`` meets rounding."""
+
+    rule = RULES["rmsprop"]
+    variants = (
+        {},
+        {"momentum": 0.9},
+        {"centered": True},
+        {"centered": True, "momentum": 0.9},
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(params, _settings(locals()), backend)
+
+
+class Adam(Optimizer):
+    """Adam and AMSGrad, as `torch.optim.Adam`."""
+
+    rule = RULES["adam"]
+    variants = ({}, {"amsgrad": True})
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(params, _settings(locals()), backend)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as `torch.optim.AdamW`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **others: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, **others, decoupled_weight_decay=True
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state dict of Adam may say otherwise
+            group["decoupled_weight_decay"] = True
+
+
+OPTIMIZERS: tuple[type[Optimizer], ...] = (SGD, Adagrad, RMSprop, Adam, AdamW)

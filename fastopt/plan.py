@@ -1,0 +1,272 @@
+"""One step: what to update, with which backend, and whether that still holds at the next step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .rules import Group, Rule
+
+if TYPE_CHECKING:
+    from ._C import Description
+    from .optimizers import Optimizer
+
+
+def describe(tensor: Tensor) -> Description:
+    """What the C++ backend needs to know of a tensor."""
+    return (
+        tensor.data_ptr(),
+        dispatch.DTYPES.index(tensor.dtype),
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def clip_coef(norm: float, max_norm: float) -> float:
+    """The factor that brings a norm down to ``max_norm``, as in torch's ``clip_grad_norm_``."""
+    coef = max_norm / (norm + 1e-6)
+    return 1.0 if coef > 1.0 else coef  # NaN stays
+
+
+@dataclass
+class Item:
+    """A parameter that can be updated, with what a step reads and writes of it.
+
+    Args:
+        grad: None where there is none now, while the states are there from an earlier step.
+        state: the optimizer's for this parameter.
+        states: those of `state` that the rule updates.
+        fresh: the states are made in this step.
+    """
+
+    group: int
+    param: Tensor
+    grad: Tensor | None
+    backend: str
+    state: dict[str, Any]
+    states: dict[str, Tensor]
+    fresh: bool = False
+
+    def for_native(self, rule: Rule) -> tuple[Any, ...]:
+        """As the constructor of Plan in csrc/plan.h takes it."""
+        extension = dispatch.extension()
+        assert extension is not None
+        grad = self.param if self.grad is None else self.grad
+        step = self.state["step"] if rule.counts_steps else None
+        return (
+            Tensor if self.grad is None else type(self.grad),
+            self.grad is not None,
+            self.state if self.state else None,
+            extension.rule_index(rule.name, " ".join(self.states)),
+            [describe(tensor) for tensor in (self.param, grad, *self.states.values())],
+            list(self.states.values()),
+            step,
+            None if step is None else describe(step),
+            self.fresh,
+        )
+
+
+class Plan:
+    """What a step of an optimizer has to do.
+
+    Making one validates every tensor and makes the missing states: slow, and in Python. `holds`
+    tells, in C++ and fast, whether it is good for another step, with the gradients there are then.
+
+    Raises:
+        RuntimeError, ValueError: something cannot be updated; nothing was changed.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.rule = optimizer.rule
+        self.names = [self.rule.states(group) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            self.rule.scalars_of(self.rule.hyperparameters(group), step=1)
+        params = [
+            (g, param, _item(optimizer, _Place(group, g, i), param, self.names[g]))
+            for g, group in enumerate(optimizer.param_groups)
+            for i, param in enumerate(group["params"])
+        ]
+        items = [item for *_, item in params if item is not None]
+        self.norm_options = norm_options([param for _, param, _ in params])
+        _make_states(optimizer, items, self.names)
+        self.others = [item for item in items if item.backend == "reference" and item.grad is not None]
+        self.native = None
+        if extension := dispatch.extension():
+            self.native = extension.Plan(
+                optimizer.param_groups,
+                optimizer.state,
+                [
+                    (g, param, item.for_native(self.rule) if item and item.backend == "cpp" else None)
+                    for g, param, item in params
+                ],
+            )
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether nothing has changed since the plan was made, except where the gradients are and
+        which of them are None."""
+        return (
+            self.native is not None
+            and not self.others
+            and self.names == [self.rule.states(group) for group in optimizer.param_groups]
+            and self.native.refresh()
+        )
+
+    def run(self, optimizer: Optimizer) -> None:
+        """Makes the step, and sets ``optimizer.grad_norm``."""
+        groups = optimizer.param_groups
+        threads = torch.get_num_threads()
+        norm = None
+        if any(group["max_norm"] is not None for group in groups):
+            norm = math.sqrt(self._sum_of_squares(threads))
+        rows = _Rows(self.rule, groups, norm)
+        if self.native is not None:
+            cohorts = self.native.cohorts()
+            self.native.update([rows.native(group, step) for group, step in cohorts], threads)
+            # Autograd does not see writes through an address.
+            torch.autograd.graph.increment_version(self.native.active_params())
+        for item in self.others:
+            rows.update_with_reference(item)
+        optimizer.grad_norm = None if norm is None else torch.tensor(norm, **self.norm_options)
+
+    def _sum_of_squares(self, threads: int) -> float:
+        total = 0.0
+        if self.native is not None:
+            total += self.native.sum_of_squares(threads)
+        if grads := [item.grad for item in self.others if item.grad is not None]:
+            total += float(reference.power_sum(grads, 2))
+        return total
+
+
+class _Rows:
+    """The scalars of one step: computed once for all param groups of equal settings."""
+
+    def __init__(self, rule: Rule, groups: list[Group], norm: float | None) -> None:
+        self.rule = rule
+        self.groups = groups
+        self.norm = norm
+        self.hyperparameters = [rule.hyperparameters(group) for group in groups]
+        self.known: dict[tuple[Any, float], tuple[float, ...]] = {}
+
+    def driver(self, group: int) -> tuple[float, float]:
+        """The gradient's factor and the bound of its elements."""
+        settings = self.groups[group]
+        coef = -1.0 if settings["maximize"] else 1.0
+        if settings["max_norm"] is not None and self.norm is not None:
+            coef *= clip_coef(self.norm, settings["max_norm"])
+        clip_value = settings["clip_value"]
+        return coef, math.inf if clip_value is None else clip_value
+
+    def rule_scalars(self, group: int, step: float) -> tuple[float, ...]:
+        key = (self.hyperparameters[group], step)
+        if key not in self.known:
+            self.known[key] = self.rule.scalars_of(*key)
+        return self.known[key]
+
+    def native(self, group: int, step: float) -> tuple[float, ...]:
+        return self.driver(group) + self.rule_scalars(group, step)
+
+    def update_with_reference(self, item: Item) -> None:
+        if item.grad is None:
+            return
+        if self.rule.counts_steps:
+            item.state["step"] += 1
+            step = float(item.state["step"])
+        else:
+            step = 1.0 if item.fresh else 2.0
+        reference.update_(
+            self.rule.update,
+            item.param,
+            item.grad,
+            item.states,
+            self.rule_scalars(item.group, step),
+            *self.driver(item.group),
+        )
+
+
+def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
+    """Dtype and device of the norm of these tensors: fp32, or fp64 where any of them is."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return {
+        "dtype": torch.float64 if double else torch.float32,
+        "device": tensors[0].device if tensors else None,
+    }
+
+
+@dataclass
+class _Place:
+    """Names a parameter in an error message."""
+
+    group: Group
+    group_index: int
+    index: int
+
+    def __str__(self) -> str:
+        names = self.group.get("param_names")
+        name = f" {names[self.index]!r}" if names else ""
+        shape = tuple(self.group["params"][self.index].shape)
+        return f"parameter {self.index}{name} of group {self.group_index}, of shape {shape},"
+
+
+def _item(
+    optimizer: Optimizer, place: _Place, param: Tensor, names: tuple[str, ...]
+) -> Item | None:
+    """What can be updated of a parameter; None where it has neither a gradient nor states."""
+    grad = param.grad
+    state = optimizer.state.get(param, {})
+    states = {name: state[name] for name in names if state.get(name) is not None}
+    if grad is None and (len(states) < len(names) or not state):
+        return None
+    if grad is not None:
+        dispatch.check(param, grad, place)
+    for name, tensor in states.items():
+        dispatch.check_state(param, name, tensor, place)
+    tensors = [param, *states.values()] if grad is None else [param, grad, *states.values()]
+    backend = dispatch.backend_for(tensors, optimizer.backend, place)
+    return Item(place.group_index, param, grad, backend, state, states)
+
+
+def _make_states(optimizer: Optimizer, items: list[Item], names: list[tuple[str, ...]]) -> None:
+    """Gives every item the states that it lacks."""
+    rule, groups = optimizer.rule, optimizer.param_groups
+    # All memory first, so that nothing has changed where there is not enough of it.
+    made = [
+        new_states(rule, groups[item.group], item.param, item.state, names[item.group])
+        for item in items
+    ]
+    for item, new in zip(items, made, strict=True):
+        if new:
+            item.state = optimizer.state[item.param]
+        for name, tensor in new.items():
+            # A parameter that stands twice in its group gets its states once.
+            if name == "step" or item.state.get(name) is None:
+                item.state[name] = tensor
+                item.fresh = True
+        item.states = {name: item.state[name] for name in names[item.group]}
+
+
+def new_states(
+    rule: Rule, group: Group, param: Tensor, state: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The states called ``names``, and ``step``, that a parameter's ``state`` lacks."""
+    new = {}
+    if rule.counts_steps:
+        step = state.get("step", 0.0)
+        # A number in old checkpoints; on the parameter's device, or fp64, in some of torch's.
+        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.is_cuda:
+            new["step"] = torch.tensor(float(step), dtype=torch.float32)
+    for name in names:
+        if state.get(name) is None:
+            new[name] = torch.full_like(
+                param,
+                rule.initial(group),
+                dtype=reference.arithmetic_dtype(param),
+                memory_format=torch.preserve_format,
+                requires_grad=False,
+            )
+    return new

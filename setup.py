@@ -1,0 +1,29 @@
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+# -ffp-contract=off: the same bits on every instruction set. -fno-trapping-math changes no value; it
+# lets the compiler turn a rule's conditions into selects.
+openmp = ["-fopenmp"] if sys.platform == "linux" else []
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "fastopt._C",
+            sources=[f"csrc/{name}.cpp" for name in ("bindings", "kernels", "multi_tensor", "plan")],
+            depends=[
+                f"csrc/{name}.h"
+                for name in (
+                    *("dlpack", "dtypes", "isa", "kernels", "layout"),
+                    *("multi_tensor", "norm", "plan", "rules"),
+                )
+            ],
+            cxx_std=17,
+            extra_compile_args=[
+                *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+                *openmp,
+            ],
+            extra_link_args=openmp,
+        )
+    ]
+)
