@@ -55,7 +55,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
   m.def("rules", [] { return rules(std::make_index_sequence<kRules>()); });
   m.def("rule_index", &rule_index);
-  m.def("set_exchange_api", &set_exchange_api);
+  m.def("use_torch_interfaces", &use_torch_interfaces);
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : kIsas)

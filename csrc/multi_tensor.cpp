@@ -29,14 +29,6 @@ std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
   return waves;
 }
 
-// A process forked after the first parallel region has no OpenMP workers, and libgomp would wait
-// for them for ever: there, work serially.
-bool forked() {
-  static const pid_t owner = getpid();
-  return getpid() != owner;
-}
-const bool owner_recorded = forked();
-
 template <class T>
 T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
             int64_t begin, int64_t n, T* buffer) {
@@ -109,7 +101,11 @@ double reduce_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, Reductio
   return reduce_all(reduction, partials, blocks);
 }
 
+const pid_t loaded_in = getpid();
+
 }  // namespace
+
+bool forked() { return getpid() != loaded_in; }
 
 Schedule::Schedule(const std::vector<Tensor>& tensors) {
   const std::vector<int> wave = waves_of(tensors);
@@ -138,13 +134,10 @@ Schedule::Schedule(const std::vector<Tensor>& tensors) {
 
 template <class F>
 void Schedule::for_each_chunk(int threads, const F& f) const {
-  if (forked()) threads = 1;
-  for (size_t w = 0; w + 1 < waves_.size(); ++w) {
-    const int64_t first = waves_[w], last = waves_[w + 1];
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && last - first > 1)
-    for (int64_t task = first; task < last; ++task)
-      for (int64_t c = tasks_[task]; c < tasks_[task + 1]; ++c) f(chunks_[c]);
-  }
+  for (size_t w = 0; w + 1 < waves_.size(); ++w)
+    parallel_for(waves_[w + 1] - waves_[w], 1, threads, [&, first = waves_[w]](int64_t i) {
+      for (int64_t c = tasks_[first + i]; c < tasks_[first + i + 1]; ++c) f(chunks_[c]);
+    });
 }
 
 double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,

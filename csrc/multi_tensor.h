@@ -28,6 +28,10 @@ struct Tensor {
   int scalars = 0;     // which row of scalars it takes
 };
 
+// A process forked after the first parallel region has no OpenMP workers, and libgomp would wait for
+// them for ever: there, everything runs in one thread.
+bool forked();
+
 // A flat list of chunks of at most kChunk elements, grouped into tasks of about that many elements.
 // Tensors that share memory with an earlier one go into a later wave, so that they are updated one
 // after the other, in order, as a plain loop would.
@@ -52,6 +56,14 @@ class Schedule {
   std::vector<int64_t> tasks_;  // first chunk of each task, then the number of chunks
   std::vector<int64_t> waves_;  // first task of each wave, then the number of tasks
 };
+
+// The one parallel loop: calls f(0) .. f(n - 1) in blocks of `grain`. f must not throw.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
+  if (forked()) threads = 1;
+#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1 && n > grain)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
 
 // The sum of abs(x)^order over the gradients of all active tensors; their maximum for infinity.
 double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,

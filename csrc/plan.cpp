@@ -2,12 +2,19 @@
 
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <unordered_map>
 
 namespace fastopt {
 namespace {
 
 decltype(dlpack::ExchangeAPI::tensor_from_py_object) read_tensor = nullptr;
+int (*read_address)(void* handle, const void** address) = nullptr;
+void (*delete_handle)(void* handle) = nullptr;
+PyObject* handles_of = nullptr;  // lives as long as the process
+
+// Checking an item waits for memory more than it computes, so that of a later one is asked for.
+constexpr size_t kAhead = 8;
 
 // False where the object is no dense tensor of a dtype that DLPack knows.
 bool read(PyObject* object, dlpack::Tensor& out) {
@@ -88,13 +95,17 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   return tensor;
 }
 
-bool set_exchange_api(const py::capsule& capsule) {
+bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles,
+                          uintptr_t get_address, uintptr_t delete_tensor) {
   const auto* api = static_cast<const dlpack::ExchangeAPI*>(
-      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+      PyCapsule_GetPointer(exchange_api.ptr(), dlpack::kCapsuleName));
   if (!api) throw py::error_already_set();
-  if (api->header.major != dlpack::kMajorVersion) return false;
+  if (api->header.major != dlpack::kMajorVersion || !api->tensor_from_py_object) return false;
   read_tensor = api->tensor_from_py_object;
-  return read_tensor != nullptr;
+  handles_of = handles.release().ptr();
+  read_address = reinterpret_cast<decltype(read_address)>(get_address);
+  delete_handle = reinterpret_cast<decltype(delete_handle)>(delete_tensor);
+  return true;
 }
 
 Plan::Plan(py::list groups, py::dict state, const py::list& items)
@@ -140,23 +151,31 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         item.state = keep(own_state);
         entries_of(own_state, entries_);
       }
-      for (size_t k = 0; k < states.size(); ++k) {
-        const Operand& operand = tensor.operands[2 + k];
-        watched_.push_back({states[k].ptr(), empty ? nullptr : operand.data, operand.dtype});
-      }
+      for (size_t k = 0; k < states.size() && !empty; ++k)
+        watch(states[k], tensor.operands[2 + k].data);
       if (!step.is_none()) {
         const Description described(py::cast<py::tuple>(step_description));
         item.step = reinterpret_cast<float*>(described.data);
-        watched_.push_back({step.ptr(), described.data, described.dtype});
+        watch(step, described.data);
       }
     }
     item.sizes_end = sizes_.size();
     item.entries_end = entries_.size();
-    item.watched_end = watched_.size();
     items_.push_back(item);
     tensors_.push_back(std::move(tensor));
   }
   schedule();
+}
+
+Plan::~Plan() {
+  for (const Watched& watched : watched_) delete_handle(watched.handle);
+}
+
+// Without torch's interfaces there is nothing to watch with, and `refresh` never lets a plan live.
+void Plan::watch(py::handle tensor, const void* data) {
+  if (!read_address) return;
+  const py::list handles = py::handle(handles_of)(py::make_tuple(tensor));
+  watched_.push_back({PyCapsule_GetPointer(py::object(handles[0]).ptr(), nullptr), data});
 }
 
 bool Plan::groups_hold() const {
@@ -192,8 +211,8 @@ bool Plan::state_holds() const {
 }
 
 // Whether parameter and states are where they were.
-bool Plan::item_holds(size_t i) const {
-  const Item& item = items_[i];
+bool Plan::item_holds(size_t i) {
+  Item& item = items_[i];
   if (item.state && !dict_holds(item.state, entries_.data() + (i ? items_[i - 1].entries_end : 0),
                                 entries_.data() + item.entries_end))
     return false;
@@ -203,12 +222,31 @@ bool Plan::item_holds(size_t i) const {
       (item.data && address(tensor) != item.data) ||
       !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
     return false;
-  for (size_t w = i ? items_[i - 1].watched_end : 0; w < item.watched_end; ++w)
-    if (!read(watched_[w].tensor, tensor) || !is_dtype(tensor, watched_[w].dtype) ||
-        (watched_[w].data && address(tensor) != watched_[w].data))
-      return false;
+  item.shape_seen = tensor.shape;
   return true;
 }
+
+// Whether the states' memory is where it was. No Python object is touched, so the threads share the
+// wait for memory; they are awake then for the passes that follow.
+bool Plan::states_hold(int threads) const {
+  py::gil_scoped_release release;
+  std::atomic<bool> hold = true;
+  parallel_for(static_cast<int64_t>(watched_.size()), 256, threads, [&](int64_t w) {
+    const void* data;
+    if (read_address(watched_[w].handle, &data) != 0 || data != watched_[w].data) hold = false;
+  });
+  return hold;
+}
+
+// Asks for what the checks of an item will read first.
+void Plan::prefetch(const Item& item) const {
+  const char* param = reinterpret_cast<const char*>(item.param);
+  __builtin_prefetch(param);
+  __builtin_prefetch(item.state);
+  // DLPack's shape points into the tensor itself: the rest of what it reads is around it.
+  for (int line = -1; line < 2; ++line) __builtin_prefetch(item.shape_seen + 8 * line);
+}
+
 
 // Takes the gradient's address; false where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {
@@ -235,10 +273,12 @@ bool Plan::find_grad(size_t i) {
   return true;
 }
 
-bool Plan::refresh() {
-  if (!read_tensor || !groups_hold() || !state_holds()) return false;
-  for (size_t i = 0; i < items_.size(); ++i)
+bool Plan::refresh(int threads) {
+  if (!read_tensor || !groups_hold() || !state_holds() || !states_hold(threads)) return false;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (i + kAhead < items_.size()) prefetch(items_[i + kAhead]);
     if (!find_grad(i) || (tensors_[i].active && !item_holds(i))) return false;
+  }
   if (!schedule_) schedule();
   return true;
 }

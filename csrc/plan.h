@@ -31,9 +31,13 @@ int rule_index(const std::string& name, const std::string& states);
 // operands: parameter, gradient, states.
 Tensor make_tensor(int rule, const std::vector<Description>& operands);
 
-// `api` is torch.Tensor.__dlpack_c_exchange_api__; false where its version is not understood.
-// Without it no plan outlives its step.
-bool set_exchange_api(const py::capsule& api);
+// Tells where to find torch's C interfaces, which see a tensor at a tenth of the cost of Python:
+// the DLPack exchange API (torch.Tensor.__dlpack_c_exchange_api__), torch._C._aoti's
+// unsafe_alloc_void_ptrs_from_tensors, and, of torch's stable C ABI, torch_get_const_data_ptr and
+// aoti_torch_delete_tensor_object. False where a version is not understood. Without them no plan
+// outlives its step.
+bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles,
+                          uintptr_t get_address, uintptr_t delete_tensor);
 
 class Plan {
  public:
@@ -46,10 +50,13 @@ class Plan {
   // None is for a parameter that this plan does not update, because it has neither gradient nor
   // states or belongs to another backend.
   Plan(py::list groups, py::dict state, const py::list& items);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
 
   // Takes the gradients that are there now. False where anything else has changed since the plan was
   // built but the gradients' addresses and which of them are None.
-  bool refresh();
+  bool refresh(int threads);
 
   // What this step consists of: one row of scalars is wanted for each.
   const std::vector<Cohort>& cohorts();
@@ -68,9 +75,8 @@ class Plan {
     PyObject* value;
   };
   struct Watched {  // a state tensor that must stay where it is
-    PyObject* tensor;
+    void* handle;   // a reference to it in torch's stable C ABI
     const void* data;
-    DType dtype;
   };
   struct Item {
     PyObject* param;
@@ -84,12 +90,16 @@ class Plan {
     int group;
     float* step;
     bool fresh;  // it has no step to count, and its states are new
-    size_t sizes_end, entries_end, watched_end;  // ends of its parts in the vectors below
+    size_t sizes_end, entries_end;  // ends of its parts in the vectors below
+    const int64_t* shape_seen;      // where the parameter's shape was last time
   };
 
+  void watch(py::handle tensor, const void* data);
+  void prefetch(const Item& item) const;
   bool groups_hold() const;
   bool state_holds() const;
-  bool item_holds(size_t i) const;
+  bool item_holds(size_t i);
+  bool states_hold(int threads) const;
   bool find_grad(size_t i);
   void schedule();
   int cohort_of(const Item& item);
@@ -103,7 +113,7 @@ class Plan {
   // The items' parts, one item after the other, so that a check runs straight through memory.
   std::vector<int64_t> sizes_;  // shape, parameter's strides, gradient's strides
   std::vector<Entry> entries_;
-  std::vector<Watched> watched_;
+  std::vector<Watched> watched_;  // of all items
 
   std::vector<Tensor> tensors_;  // one for each item
   std::vector<Cohort> cohorts_;

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import warnings
+from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,10 +51,26 @@ def _load() -> tuple[ModuleType | None, str]:
             _C.use_isa(isa)
     except ValueError as error:
         return None, f"FASTOPT_ISA={isa}: {error}"
-    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if api is not None:
-        _C.set_exchange_api(api)
+    _connect(_C)
     return _C, ""
+
+
+def _connect(extension: ModuleType) -> None:
+    """Gives the extension torch's C interfaces; a torch without them costs speed, not function."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        extension.use_torch_interfaces(
+            Tensor.__dlpack_c_exchange_api__,
+            torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
+            _address(library.torch_get_const_data_ptr),
+            _address(library.aoti_torch_delete_tensor_object),
+        )
+    except (AttributeError, OSError):
+        pass
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def extension() -> ModuleType | None:

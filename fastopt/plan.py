@@ -114,7 +114,7 @@ class Plan:
             self.native is not None
             and not self.others
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
-            and self.native.refresh()
+            and self.native.refresh(torch.get_num_threads())
         )
 
     def run(self, optimizer: Optimizer) -> None:
