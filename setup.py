@@ -10,7 +10,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastopt._C",
-            sources=[f"csrc/{name}.cpp" for name in ("bindings", "kernels", "multi_tensor", "plan")],
+            sources=[
+                f"csrc/{name}.cpp" for name in ("bindings", "kernels", "multi_tensor", "plan")
+            ],
             depends=[
                 f"csrc/{name}.h"
                 for name in (

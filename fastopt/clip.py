@@ -33,8 +33,8 @@ def get_total_norm(
         foreach: accepted for torch's sake.
 
     Returns:
-        0-dim, fp32 (fp64 where a tensor is), on the first tensor's device. The sum is in fp64, in an
-        order that does not depend on the number of threads.
+        0-dim, fp32 (fp64 where a tensor is), on the first tensor's device. The sum is in fp64, in
+        an order that does not depend on the number of threads.
 
     Raises:
         ValueError: ``norm_type`` is not positive.
@@ -53,7 +53,10 @@ def get_total_norm(
     if extension := dispatch.extension():
         descriptions = [describe(tensor) for tensor in native]
         totals.append(extension.power_sum(descriptions, order, torch.get_num_threads()))
-    norm = max(totals) if order == math.inf else sum(totals) ** (1 / order)
+    if order == math.inf:
+        norm = max(totals, key=lambda total: (math.isnan(total), total), default=0.0)
+    else:
+        norm = sum(totals) ** (1 / order)
     if error_if_nonfinite and not math.isfinite(norm):
         raise RuntimeError(
             f"the total norm of order {norm_type} is {norm}, so the gradients cannot be clipped: "
@@ -108,7 +111,8 @@ def _grads(parameters: Tensors) -> list[Tensor]:
 
 def _by_backend(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors that the C++ kernels take, and the others."""
-    native, others = [], []
+    native: list[Tensor] = []
+    others: list[Tensor] = []
     for tensor in tensors:
         backend = dispatch.backend_for([tensor], dispatch.resolve("auto"), "a gradient")
         (native if backend == "cpp" else others).append(tensor)

@@ -127,7 +127,7 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
 
 
 def _cpp_obstacle(tensors: list[Tensor]) -> str:
-    """Why the C++ kernels, which work on plain memory, cannot take these tensors; "" if they can."""
+    """Why the C++ kernels, which need plain memory, cannot take these tensors; "" if they can."""
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"is on {tensor.device}"
@@ -177,13 +177,13 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    check_dense(param, where)
-    check_dense(grad, where, "the gradient of ")
     if grad.device != param.device:
         raise RuntimeError(
             f"{where} is on {param.device} and its gradient on {grad.device}: "
             "move the parameter before the backward pass"
         )
+    check_dense(param, where)
+    check_dense(grad, where, "the gradient of ")
     if grad.shape != param.shape:
         raise RuntimeError(
             f"{where} has a gradient of shape {tuple(grad.shape)}: "
@@ -207,19 +207,24 @@ def check_state(param: Tensor, name: str, state: object, where: object) -> None:
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    found = type(state).__name__
-    if isinstance(state, Tensor):
-        if (
-            state.shape == param.shape
-            and state.device == param.device
-            and state.dtype in DTYPES
-            and state.layout == torch.strided
-        ):
-            return
-        found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
-    raise RuntimeError(
-        f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
-        "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+    if not fits(param, state):
+        found = type(state).__name__
+        if isinstance(state, Tensor):
+            found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
+        raise RuntimeError(
+            f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
+            "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+        )
+
+
+def fits(param: Tensor, state: object) -> bool:
+    """Whether an object can be a state of the parameter."""
+    return (
+        isinstance(state, Tensor)
+        and state.shape == param.shape
+        and state.device == param.device
+        and state.dtype in DTYPES
+        and state.layout == torch.strided
     )
 
 
@@ -230,7 +235,11 @@ def _grad_dtype(param: Tensor) -> torch.dtype | None:
 def _overlaps_itself(tensor: Tensor) -> bool:
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
-    sizes = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1)
+    sizes = sorted(
+        (stride, size)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1
+    )
     reach = 0  # from the first element to the last, over the dimensions seen so far
     for stride, size in sizes:
         if stride <= reach:
@@ -242,4 +251,4 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     places = torch.zeros(1, dtype=torch.int64)
     for stride, size in sizes:
         places = (places[:, None] + torch.arange(size) * stride).view(-1)
-    return places.unique().numel() < places.numel()
+    return len(set(places.tolist())) < places.numel()

@@ -15,6 +15,7 @@ from .rules import RULES, Group, Rule
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+
 class Optimizer(torch.optim.Optimizer):
     """What the optimizers have in common; a subclass adds its rule and its settings.
 
@@ -38,8 +39,8 @@ class Optimizer(torch.optim.Optimizer):
             ``FASTOPT_BACKEND`` where it is set, and else takes the fastest for each parameter.
 
     Attributes:
-        grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64 for
-            fp64 parameters); None where no group has a ``max_norm``.
+        grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64
+            for fp64 parameters); None where no group has a ``max_norm``.
 
     Raises:
         ValueError: a setting is out of range or not finite, or there is no such backend.
@@ -58,7 +59,7 @@ class Optimizer(torch.optim.Optimizer):
         self.backend = dispatch.resolve(backend)
         super().__init__(params, defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step: for all parameters that have a gradient, or none where it raises.
 
         Args:

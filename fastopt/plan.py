@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +94,20 @@ class Plan:
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
         _make_states(optimizer, items, self.names)
-        self.others = [item for item in items if item.backend == "reference" and item.grad is not None]
+        self.others = [
+            item for item in items if item.backend == "reference" and item.grad is not None
+        ]
         self.native = None
         if extension := dispatch.extension():
             self.native = extension.Plan(
                 optimizer.param_groups,
                 optimizer.state,
                 [
-                    (g, param, item.for_native(self.rule) if item and item.backend == "cpp" else None)
+                    (
+                        g,
+                        param,
+                        item.for_native(self.rule) if item and item.backend == "cpp" else None,
+                    )
                     for g, param, item in params
                 ],
             )
@@ -216,18 +221,23 @@ class _Place:
 def _item(
     optimizer: Optimizer, place: _Place, param: Tensor, names: tuple[str, ...]
 ) -> Item | None:
-    """What can be updated of a parameter; None where it has neither a gradient nor states."""
+    """What can be updated of a parameter; None where nothing is to be done in this step, nor known
+    of a later one, because there is neither a gradient nor a state."""
     grad = param.grad
     state = optimizer.state.get(param, {})
     states = {name: state[name] for name in names if state.get(name) is not None}
-    if grad is None and (len(states) < len(names) or not state):
-        return None
-    if grad is not None:
+    if grad is None:
+        known = len(states) == len(names) and state and dispatch.fits(param, param)
+        if not known or not all(dispatch.fits(param, tensor) for tensor in states.values()):
+            return None
+        tensors = [param, *states.values()]
+        backend = dispatch.backend_for(tensors, "auto", place)
+    else:
         dispatch.check(param, grad, place)
-    for name, tensor in states.items():
-        dispatch.check_state(param, name, tensor, place)
-    tensors = [param, *states.values()] if grad is None else [param, grad, *states.values()]
-    backend = dispatch.backend_for(tensors, optimizer.backend, place)
+        for name, tensor in states.items():
+            dispatch.check_state(param, name, tensor, place)
+        tensors = [param, grad, *states.values()]
+        backend = dispatch.backend_for(tensors, optimizer.backend, place)
     return Item(place.group_index, param, grad, backend, state, states)
 
 

@@ -2,8 +2,9 @@
 
 Each rule below is spelled again in ``csrc/rules.h``, line by line, and the compiled code gives the
 same bits on fp32 and fp64. The rules are pure: they take a parameter ``p`` and a gradient ``g`` in
-the type of the arithmetic (fp64 for fp64 parameters, else fp32), the scalars ``c`` that ``rules.py``
-computes in double, and the states by their torch names; they return the new parameter and states.
+the type of the arithmetic (fp64 for fp64 parameters, else fp32), the scalars ``c`` that
+``rules.py`` computes in double, and the states by their torch names; they return the new parameter
+and the new states.
 Only ``+ - * /``, comparisons and :func:`sqrt` appear, all of them correctly rounded: torch's fused
 spellings (``add(alpha=)``, ``addcmul``, ``addcdiv``, ``lerp``) may contract to FMA.
 
@@ -172,7 +173,7 @@ def power_sum(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 def _terms(tensor: Tensor, order: float) -> Tensor:
     """The terms of the sum in memory order, padded with zeros, as rows of BLOCK."""
-    dims = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
+    dims = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     x = tensor.permute(dims).reshape(-1).double().abs()
     terms = x if order in (1, math.inf) else x * x if order == 2 else x**order
     padding = -terms.numel() % (BLOCK * BLOCKS_IN_CHUNK)

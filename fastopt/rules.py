@@ -132,7 +132,7 @@ class Rule:
         return tuple(inspect.signature(self.scalars).parameters)[1:]
 
     def hyperparameters(self, group: Group) -> tuple[Any, ...]:
-        """A param group's values for `keys`, as numbers; tensors are read (on a GPU: waited for)."""
+        """A param group's values for `keys`, as numbers; a tensor is read (a GPU waited for)."""
         return tuple(_number(group[key]) for key in self.keys)
 
     def scalars_of(self, hyperparameters: tuple[Any, ...], step: float) -> tuple[float, ...]:

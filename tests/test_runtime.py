@@ -1,0 +1,162 @@
+"""The process around the kernels: OpenMP, fork, instruction sets, what is reported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastopt
+from fastopt import dispatch, rules
+
+_C = dispatch.extension()
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    """Two in one process would each start their own threads."""
+    found = run_python(
+        "import fastopt, re, torch\n"
+        "p = torch.nn.Parameter(torch.zeros(1 << 20)); p.grad = torch.ones(1 << 20)\n"
+        "fastopt.AdamW([p], max_norm=1.0).step()\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "print(sorted(set(re.findall(r'\\S*lib(?:gomp|omp|iomp5)\\S*', maps))))\n"
+        "print('_C.' in maps)"
+    )
+    runtimes, loaded = found.stdout.splitlines()
+    assert len(eval(runtimes)) == 1, runtimes
+    assert loaded == "True"
+
+
+def test_threads_of_torch_are_honoured():
+    """With one thread of torch, none is started here; with three, three."""
+    code = (
+        "import os, fastopt, torch; torch.set_num_threads({})\n"
+        "p = torch.nn.Parameter(torch.zeros(1 << 20)); p.grad = torch.ones_like(p)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "fastopt.AdamW([p]).step()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    # p.grad is made in one thread where torch has one, and in all of them otherwise.
+    assert run_python(code.format(1)).stdout.strip() == "0"
+    small = code.replace("torch.ones_like(p)", "torch.ones(1).expand(1 << 20)").replace(
+        "torch.zeros(1 << 20)", "torch.empty(1 << 20)"
+    )
+    assert run_python(small.format(3)).stdout.strip() == "2"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_step_after_fork():
+    """libgomp would hang in a child of a process that has used it."""
+    code = (
+        "import os, fastopt, torch; torch.set_num_threads(2)\n"
+        "p = torch.nn.Parameter(torch.zeros(1 << 18)); p.grad = torch.ones(1 << 18)\n"
+        "o = fastopt.SGD([p], lr=1.0, max_norm=1e9); o.step()\n"
+        "child = os.fork()\n"
+        "o.step()\n"
+        "ok = bool((p.detach() == -2).all().item()) if child else p.detach()[-1].item() == -2\n"
+        "if not child: os._exit(0 if ok else 1)\n"
+        "print(ok, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert run_python(code).stdout.split() == ["True", "0"]
+
+
+def test_forced_instruction_set():
+    for isa in _C.supported_isas():
+        found = run_python("import fastopt; print(fastopt.backends()['cpp'])", FASTOPT_ISA=isa)
+        assert f"{isa}, " in found.stdout
+    found = run_python("import fastopt; print(fastopt.backends()['cpp'])", FASTOPT_ISA="mmx")
+    assert "available=False" in found.stdout
+    assert "FASTOPT_ISA=mmx: instruction set mmx is not one of those that work here: baseline" in (
+        found.stdout
+    )
+
+
+def test_report():
+    found = run_python("import runpy; runpy.run_module('fastopt', run_name='__main__')")
+    first, cpp, reference = found.stdout.splitlines()
+    assert first.startswith(f"fastopt {fastopt.__version__}, torch {torch.__version__}, Python ")
+    assert cpp.split()[:2] == ["cpp", "yes"]
+    assert f"{torch.get_num_threads()} threads" in cpp
+    assert reference.split()[:2] == ["reference", "yes"]
+
+
+def test_table_and_extension_agree():
+    compiled = {(name, states): scalars for name, states, scalars in _C.rules()}
+    variants = {
+        (cls.rule.name, " ".join(cls.rule.states({**cls([torch.zeros(1)]).defaults, **variant})))
+        for cls in fastopt.OPTIMIZERS
+        for variant in cls.variants
+    }
+    assert variants == {key for key in compiled if key[0] != "assign"}  # every kernel has a variant
+    for (name, _), scalars in compiled.items():
+        if name != "assign":
+            assert tuple(scalars.split(", ")) == rules.RULES[name].scalar_names
+
+
+def test_an_extension_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(_C, "rules", lambda: [("adam", "exp_avg exp_avg_sq", "lr, eps")])
+    module, reason = dispatch._load.__wrapped__()
+    assert module is None
+    assert "another version of fastopt" in reason
+
+
+def test_without_torchs_c_interfaces():
+    """An older torch: every step is planned anew, to the same effect."""
+    code = (
+        "import fastopt, torch\n"
+        "from fastopt import dispatch\n"
+        "{}\n"
+        "for cls in fastopt.OPTIMIZERS:\n"
+        "    torch.manual_seed(0)\n"
+        "    p = torch.nn.Parameter(torch.randn(100)); o = cls([p], max_norm=1.0)\n"
+        "    for _ in range(3):\n"
+        "        p.grad = torch.randn(100); o.step()\n"
+        "    print(o._plan.holds(o), p.double().sum().item())"
+    )
+    fast = run_python(code.format("")).stdout
+    slow = run_python(code.format("dispatch._connect = lambda extension: None")).stdout
+    assert len(fast.splitlines()) == len(fastopt.OPTIMIZERS)
+    assert "False" not in fast
+    assert slow == fast.replace("True", "False")
+
+
+def test_a_plan_is_kept_while_it_holds():
+    params = [torch.nn.Parameter(torch.zeros(s)) for s in ((3,), (), (0,), (2, 2))]
+    optimizer = fastopt.AdamW(params)
+    plans = []
+    for step in range(6):
+        for i, param in enumerate(params):  # fresh gradients, and not everywhere
+            param.grad = None if step == 3 and i == 1 else torch.ones(param.shape)
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert len(set(map(id, plans))) == 1
+    assert [float(optimizer.state[p]["step"]) for p in params] == [6, 5, 6, 6]
+
+
+def test_memory_is_given_back():
+    """A plan does not keep gradients alive, nor an optimizer its parameters."""
+    import gc
+    import weakref
+
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = fastopt.AdamW([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    grad, state = weakref.ref(param.grad), weakref.ref(optimizer.state[param]["exp_avg"])
+    param.grad = None
+    assert grad() is None
+    optimizer = None
+    gc.collect()
+    assert state() is None
