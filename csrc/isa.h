@@ -60,7 +60,7 @@ struct Compiled<Kernel, Result(Args...)> {
 };
 
 template <class Kernel>
-constexpr auto compiled_for(Isa isa) {
+constexpr auto compiled_for([[maybe_unused]] Isa isa) {
 #if FASTOPT_X86_LEVELS
   if (isa == Isa::x86_64_v4) return &Compiled<Kernel>::x86_64_v4;
   if (isa == Isa::x86_64_v3) return &Compiled<Kernel>::x86_64_v3;

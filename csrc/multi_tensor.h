@@ -59,7 +59,8 @@ class Schedule {
 
 // The one parallel loop: calls f(0) .. f(n - 1) in blocks of `grain`. f must not throw.
 template <class F>
-void parallel_for(int64_t n, int64_t grain, int threads, const F& f) {
+void parallel_for(int64_t n, [[maybe_unused]] int64_t grain, [[maybe_unused]] int threads,
+                  const F& f) {
   if (forked()) threads = 1;
 #pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1 && n > grain)
   for (int64_t i = 0; i < n; ++i) f(i);

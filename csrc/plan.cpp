@@ -9,8 +9,11 @@ namespace fastopt {
 namespace {
 
 decltype(dlpack::ExchangeAPI::tensor_from_py_object) read_tensor = nullptr;
-int (*read_address)(void* handle, const void** address) = nullptr;
-void (*delete_handle)(void* handle) = nullptr;
+int (*get_address)(void* handle, const void** address) = nullptr;
+int (*get_dtype)(void* handle, int32_t* dtype) = nullptr;
+int (*get_dim)(void* handle, int64_t* dim) = nullptr;
+int (*get_strides)(void* handle, const int64_t** strides) = nullptr;
+int (*delete_handle)(void* handle) = nullptr;
 PyObject* handles_of = nullptr;  // lives as long as the process
 
 // Checking an item waits for memory more than it computes, so that of a later one is asked for.
@@ -22,6 +25,10 @@ bool read(PyObject* object, dlpack::Tensor& out) {
   PyErr_Clear();
   return false;
 }
+
+// DLPack does not tell. The imaginary part of a lazy conjugate is such a view: one of every other
+// number in memory, so that it has its parameter's strides only where there is one number.
+bool is_negated(py::handle tensor) { return tensor.attr("is_neg")().cast<bool>(); }
 
 bool is_dtype(const dlpack::Tensor& tensor, DType dtype) {
   const uint8_t code = dtype == DType::bfloat16 ? 4 : 2;
@@ -95,15 +102,19 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   return tensor;
 }
 
-bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles,
-                          uintptr_t get_address, uintptr_t delete_tensor) {
+bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
+                          uintptr_t dtype, uintptr_t dim, uintptr_t strides,
+                          uintptr_t delete_tensor) {
   const auto* api = static_cast<const dlpack::ExchangeAPI*>(
       PyCapsule_GetPointer(exchange_api.ptr(), dlpack::kCapsuleName));
   if (!api) throw py::error_already_set();
   if (api->header.major != dlpack::kMajorVersion || !api->tensor_from_py_object) return false;
   read_tensor = api->tensor_from_py_object;
   handles_of = handles.release().ptr();
-  read_address = reinterpret_cast<decltype(read_address)>(get_address);
+  get_address = reinterpret_cast<decltype(get_address)>(address);
+  get_dtype = reinterpret_cast<decltype(get_dtype)>(dtype);
+  get_dim = reinterpret_cast<decltype(get_dim)>(dim);
+  get_strides = reinterpret_cast<decltype(get_strides)>(strides);
   delete_handle = reinterpret_cast<decltype(delete_handle)>(delete_tensor);
   return true;
 }
@@ -145,18 +156,19 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       item.dtype = operands[0].dtype;
       item.grad_dtype = operands[1].dtype;
       item.fresh = fresh;
+      item.maybe_negated =
+          tensor.layout.numel() == 1 || operands[0].strides != operands[1].strides;
       for (const Sizes* sizes : {&operands[0].shape, &operands[0].strides, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
       if (!own_state.is_none()) {
         item.state = keep(own_state);
         entries_of(own_state, entries_);
       }
-      for (size_t k = 0; k < states.size() && !empty; ++k)
-        watch(states[k], tensor.operands[2 + k].data);
+      for (py::handle state : states) watch(state);
       if (!step.is_none()) {
-        const Description described(py::cast<py::tuple>(step_description));
-        item.step = reinterpret_cast<float*>(described.data);
-        watch(step, described.data);
+        item.step = reinterpret_cast<float*>(
+            Description(py::cast<py::tuple>(step_description)).data);
+        watch(step);
       }
     }
     item.sizes_end = sizes_.size();
@@ -172,10 +184,29 @@ Plan::~Plan() {
 }
 
 // Without torch's interfaces there is nothing to watch with, and `refresh` never lets a plan live.
-void Plan::watch(py::handle tensor, const void* data) {
-  if (!read_address) return;
+void Plan::watch(py::handle tensor) {
+  if (!read_tensor) return;
   const py::list handles = py::handle(handles_of)(py::make_tuple(tensor));
-  watched_.push_back({PyCapsule_GetPointer(py::object(handles[0]).ptr(), nullptr), data});
+  Watched watched{PyCapsule_GetPointer(py::object(handles[0]).ptr(), nullptr), nullptr, 0, 0, 0};
+  const int64_t* strides;
+  if (get_address(watched.handle, &watched.data) || get_dtype(watched.handle, &watched.dtype) ||
+      get_dim(watched.handle, &watched.dim) || get_strides(watched.handle, &strides))
+    throw std::runtime_error("torch cannot tell where a tensor is");
+  watched.strides = watched_strides_.size();
+  watched_strides_.insert(watched_strides_.end(), strides, strides + watched.dim);
+  watched_.push_back(watched);
+}
+
+bool Plan::stays(const Watched& watched) const {
+  const void* data;
+  const int64_t* strides;
+  int32_t dtype;
+  int64_t dim;
+  return !get_address(watched.handle, &data) && data == watched.data &&
+         !get_dtype(watched.handle, &dtype) && dtype == watched.dtype &&
+         !get_dim(watched.handle, &dim) && dim == watched.dim &&
+         !get_strides(watched.handle, &strides) &&
+         std::equal(strides, strides + dim, watched_strides_.data() + watched.strides);
 }
 
 bool Plan::groups_hold() const {
@@ -232,8 +263,7 @@ bool Plan::states_hold(int threads) const {
   py::gil_scoped_release release;
   std::atomic<bool> hold = true;
   parallel_for(static_cast<int64_t>(watched_.size()), 256, threads, [&](int64_t w) {
-    const void* data;
-    if (read_address(watched_[w].handle, &data) != 0 || data != watched_[w].data) hold = false;
+    if (!stays(watched_[w])) hold = false;
   });
   return hold;
 }
@@ -267,7 +297,8 @@ bool Plan::find_grad(size_t i) {
   const int64_t* shape = sizes_.data() + item.sizes_end - 3 * item.ndim;
   if (!item.updated || Py_TYPE(grad.ptr()) != item.grad_type || !read(grad.ptr(), found) ||
       !is_dtype(found, item.grad_dtype) ||
-      !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim))
+      !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim) ||
+      (item.maybe_negated && is_negated(grad)))
     return false;
   tensor.operands[1].data = const_cast<char*>(address(found));
   return true;

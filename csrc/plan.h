@@ -33,11 +33,11 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands);
 
 // Tells where to find torch's C interfaces, which see a tensor at a tenth of the cost of Python:
 // the DLPack exchange API (torch.Tensor.__dlpack_c_exchange_api__), torch._C._aoti's
-// unsafe_alloc_void_ptrs_from_tensors, and, of torch's stable C ABI, torch_get_const_data_ptr and
-// aoti_torch_delete_tensor_object. False where a version is not understood. Without them no plan
-// outlives its step.
-bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles,
-                          uintptr_t get_address, uintptr_t delete_tensor);
+// unsafe_alloc_void_ptrs_from_tensors, and functions of torch's stable C ABI. False where the
+// version is not understood. Without them no plan outlives its step.
+bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
+                          uintptr_t dtype, uintptr_t dim, uintptr_t strides,
+                          uintptr_t delete_tensor);
 
 class Plan {
  public:
@@ -77,6 +77,9 @@ class Plan {
   struct Watched {  // a state tensor that must stay where it is
     void* handle;   // a reference to it in torch's stable C ABI
     const void* data;
+    int64_t dim;
+    size_t strides;  // where its strides begin in watched_strides_
+    int32_t dtype;   // torch's number
   };
   struct Item {
     PyObject* param;
@@ -89,12 +92,14 @@ class Plan {
     int16_t repeat;  // how often the parameter stands earlier in the groups
     int group;
     float* step;
+    bool maybe_negated;  // its gradient may be a lazily negated view
     bool fresh;  // it has no step to count, and its states are new
     size_t sizes_end, entries_end;  // ends of its parts in the vectors below
     const int64_t* shape_seen;      // where the parameter's shape was last time
   };
 
-  void watch(py::handle tensor, const void* data);
+  void watch(py::handle tensor);
+  bool stays(const Watched& watched) const;
   void prefetch(const Item& item) const;
   bool groups_hold() const;
   bool state_holds() const;
@@ -114,6 +119,7 @@ class Plan {
   std::vector<int64_t> sizes_;  // shape, parameter's strides, gradient's strides
   std::vector<Entry> entries_;
   std::vector<Watched> watched_;  // of all items
+  std::vector<int64_t> watched_strides_;
 
   std::vector<Tensor> tensors_;  // one for each item
   std::vector<Cohort> cohorts_;

@@ -24,6 +24,9 @@ def use_torch_interfaces(
     exchange_api: object,
     handles: Callable[[Sequence[Tensor]], list[object]],
     get_address: int,
+    get_dtype: int,
+    get_dim: int,
+    get_strides: int,
     delete_tensor: int,
 ) -> bool: ...
 def supported_isas() -> list[str]: ...

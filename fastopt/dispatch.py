@@ -8,7 +8,7 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,15 +62,19 @@ def _connect(extension: ModuleType) -> None:
         extension.use_torch_interfaces(
             Tensor.__dlpack_c_exchange_api__,
             torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
-            _address(library.torch_get_const_data_ptr),
-            _address(library.aoti_torch_delete_tensor_object),
+            *(
+                ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+                for name in (
+                    "torch_get_const_data_ptr",
+                    "aoti_torch_get_dtype",
+                    "aoti_torch_get_dim",
+                    "aoti_torch_get_strides",
+                    "aoti_torch_delete_tensor_object",
+                )
+            ),
         )
     except (AttributeError, OSError):
         pass
-
-
-def _address(function: Any) -> int | None:
-    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def extension() -> ModuleType | None:
@@ -189,7 +193,7 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             f"{where} has a gradient of shape {tuple(grad.shape)}: "
             "set it to None when the parameter's data is replaced"
         )
-    if grad.dtype not in (param.dtype, _grad_dtype(param)):
+    if grad.dtype != param.dtype and grad.dtype != _grad_dtype(param):
         raise RuntimeError(
             f"{where} is {param.dtype} and its gradient {grad.dtype}: "
             "set it to None when the parameter's dtype changes, or set parameter.grad_dtype"

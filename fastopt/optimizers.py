@@ -113,11 +113,16 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-            names = self.rule.states(group)
-            for param in group["params"]:
-                for name, value in self.state.get(param, {}).items():
+        names = {
+            param: self.rule.states(group)
+            for group in self.param_groups
+            for param in group["params"]
+        }
+        for key, values in self.state.items():
+            if isinstance(values, dict):
+                for name, value in values.items():
                     if isinstance(value, _Saved):
-                        self.state[param][name] = value.restored(param, name, names)
+                        values[name] = value.restored(key, name, names.get(key))
 
 
 class _Saved:
@@ -126,20 +131,27 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
-    def restored(self, param: Tensor, name: str, names: tuple[str, ...]) -> Tensor:
+    def restored(self, param: Any, name: str, names: tuple[str, ...] | None) -> Tensor:
+        """A copy as `param`, which has the states `names`, needs it; as it is for any other key."""
+        if names is None:
+            return self.tensor
         if name == "step":
-            return torch.tensor(float(self.tensor), dtype=torch.float32)
+            return torch.tensor(float(self.tensor), dtype=torch.float32, device="cpu")
         dtype = reference.arithmetic_dtype(param) if name in names else self.tensor.dtype
         return self.tensor.to(param.device, dtype, copy=True)
 
 
 def _wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     def wrapped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: wrapped(v) for k, v in value.items()}
         return _Saved(value) if isinstance(value, Tensor) else value
 
-    return {**state_dict, "state": wrapped(state_dict["state"])}
+    return {
+        **state_dict,
+        "state": {
+            key: {k: wrapped(v) for k, v in values.items()} if isinstance(values, dict) else values
+            for key, values in state_dict["state"].items()
+        },
+    }
 
 
 # The names that torch gives them in its messages.

@@ -83,6 +83,8 @@ class Plan:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.rule = optimizer.rule
+        self.groups = optimizer.param_groups
+        self.state = optimizer.state
         self.names = [self.rule.states(group) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             self.rule.scalars_of(self.rule.hyperparameters(group), step=1)
@@ -118,6 +120,8 @@ class Plan:
         return (
             self.native is not None
             and not self.others
+            and self.groups is optimizer.param_groups
+            and self.state is optimizer.state
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
             and self.native.refresh(torch.get_num_threads())
         )
@@ -251,7 +255,7 @@ def _make_states(optimizer: Optimizer, items: list[Item], names: list[tuple[str,
     ]
     for item, new in zip(items, made, strict=True):
         if new:
-            item.state = optimizer.state[item.param]
+            item.state = optimizer.state.setdefault(item.param, {})
         for name, tensor in new.items():
             # A parameter that stands twice in its group gets its states once.
             if name == "step" or item.state.get(name) is None:
@@ -268,8 +272,8 @@ def new_states(
     if rule.counts_steps:
         step = state.get("step", 0.0)
         # A number in old checkpoints; on the parameter's device, or fp64, in some of torch's.
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.is_cuda:
-            new["step"] = torch.tensor(float(step), dtype=torch.float32)
+        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
+            new["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
     for name in names:
         if state.get(name) is None:
             new[name] = torch.full_like(
