@@ -1,0 +1,54 @@
+"""What several test files share."""
+
+import torch
+
+import fastopt
+
+BACKENDS = ["cpp", "reference"]
+CASES = [(cls, variant) for cls in fastopt.OPTIMIZERS for variant in cls.variants]
+
+
+def torch_class(cls):
+    return getattr(torch.optim, cls.__name__)
+
+
+def new_params(shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in shapes
+    ]
+
+
+def set_grads(params, step):
+    """Random gradients, the same for the same step."""
+    generator = torch.Generator().manual_seed(step)
+    for param in params:
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        param.grad = grad.to(param.dtype)
+
+
+def take_steps(optimizer, steps):
+    """One step for each number in ``steps``, with the gradients of that number."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in steps:
+        set_grads(params, step)
+        optimizer.step()
+    return params
+
+
+def assert_near_torch(found, wanted):
+    """Equal but for rounding, after at most 10 steps.
+
+    Each side rounds the parameter by up to half an eps a step, relative to values of order 1: after
+    10 steps the two are within 10 eps. Measured at most 6 (RMSprop with momentum).
+    """
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        error = (a - b).abs() / (torch.finfo(b.dtype).eps * b.abs().clamp(min=1))
+        assert error.numel() == 0 or error.max() <= 10
+
+
+def assert_same_bits(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
