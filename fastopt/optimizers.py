@@ -74,10 +74,11 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plan is None or not self._plan.holds(self):
-            self._plan = None
-            self._plan = Plan(self)
-        self._plan.run(self)
+        plan = self._plan
+        if plan is None or not plan.holds(self):
+            plan = Plan(self)
+        plan.run(self)
+        self._plan = plan if plan.reusable else None
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -114,12 +114,16 @@ class Plan:
                 ],
             )
 
+    @property
+    def reusable(self) -> bool:
+        """Whether `holds` may be asked. If not, the plan keeps gradients alive: drop it."""
+        return self.native is not None and not self.others
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether nothing has changed since the plan was made, except where the gradients are and
         which of them are None."""
         return (
             self.native is not None
-            and not self.others
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]

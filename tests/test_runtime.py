@@ -1,8 +1,10 @@
 """The process around the kernels: OpenMP, fork, instruction sets, what is reported."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -145,13 +147,11 @@ def test_a_plan_is_kept_while_it_holds():
     assert [float(optimizer.state[p]["step"]) for p in params] == [6, 5, 6, 6]
 
 
-def test_memory_is_given_back():
-    """A plan does not keep gradients alive, nor an optimizer its parameters."""
-    import gc
-    import weakref
-
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_memory_is_given_back(backend):
+    """A step keeps no gradient alive, and nothing keeps the states of a deleted optimizer."""
     param = torch.nn.Parameter(torch.zeros(3))
-    optimizer = fastopt.AdamW([param])
+    optimizer = fastopt.AdamW([param], backend=backend)
     param.grad = torch.ones(3)
     optimizer.step()
     grad, state = weakref.ref(param.grad), weakref.ref(optimizer.state[param]["exp_avg"])
