@@ -19,7 +19,7 @@ from .overhead import Slope, sweep
 
 SWEEP = "overhead"  # a workload of its own kind
 RESULTS = Path(__file__).with_name("results")
-ROUNDS = 15
+ROUNDS = 11
 QUICK_ROUNDS = 5
 FILE_WIDTH = 120  # where the output is no terminal
 SMALL_FACTOR = 4  # rounds of small workloads are cheap, and their times scatter more

@@ -23,7 +23,7 @@ from . import bound
 from .contenders import Contender, Fastopt, Rule, TorchForeach, TorchFused, UnavailableError
 from .workloads import Workload
 
-WARMUP = 3  # rounds: plans are built, caches filled, threads awake
+WARMUP = 2  # rounds: plans are built, caches filled, threads awake
 PEERS: tuple[type[Contender], ...] = (TorchFused, TorchForeach)
 NAMES = [Fastopt.name, *(peer.name for peer in PEERS), bound.Bound.name]
 OPERATIONS = {"step": False, "clip + step": True}  # whether it clips

@@ -6,6 +6,7 @@ namespace fastopt {
 namespace {
 
 // For each tensor, one more than the latest wave of the earlier tensors that it shares memory with.
+// Views that interleave count as sharing. Quadratic, but only where any two do.
 std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
   std::vector<int> waves(tensors.size(), 0);
   std::vector<int> order;

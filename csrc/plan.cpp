@@ -12,6 +12,7 @@ decltype(dlpack::ExchangeAPI::tensor_from_py_object) read_tensor = nullptr;
 int (*get_address)(void* handle, const void** address) = nullptr;
 int (*get_dtype)(void* handle, int32_t* dtype) = nullptr;
 int (*get_dim)(void* handle, int64_t* dim) = nullptr;
+int (*get_sizes)(void* handle, const int64_t** sizes) = nullptr;
 int (*get_strides)(void* handle, const int64_t** strides) = nullptr;
 int (*delete_handle)(void* handle) = nullptr;
 PyObject* handles_of = nullptr;  // lives as long as the process
@@ -26,8 +27,8 @@ bool read(PyObject* object, dlpack::Tensor& out) {
   return false;
 }
 
-// DLPack does not tell. The imaginary part of a lazy conjugate is such a view: one of every other
-// number in memory, so that it has its parameter's strides only where there is one number.
+// DLPack does not tell. The imaginary part of a lazy conjugate is such a view: of every other number
+// in memory, so that a tensor without gaps can only be one where it has a single element.
 bool is_negated(py::handle tensor) { return tensor.attr("is_neg")().cast<bool>(); }
 
 bool is_dtype(const dlpack::Tensor& tensor, DType dtype) {
@@ -61,9 +62,9 @@ int find_rule(const std::string& name, const std::string& states, std::index_seq
   return found;
 }
 
-// What Item.for_native makes: type of the gradient, whether it is there, state dict or None, rule
-// index, descriptions of parameter, gradient (of the parameter where there is none) and states, the
-// state tensors, step tensor or None, its description, whether the states are new.
+// What Item.for_native makes: a tensor that is or is like the gradient, whether it is the gradient,
+// state dict or None, rule index, descriptions of parameter, gradient (or what is like it) and
+// states, the state tensors, step tensor or None, its description, whether the states are new.
 using Details = std::tuple<py::object, bool, py::object, int, py::list, py::list, py::object,
                            py::object, bool>;
 
@@ -103,7 +104,7 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
 }
 
 bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
-                          uintptr_t dtype, uintptr_t dim, uintptr_t strides,
+                          uintptr_t dtype, uintptr_t dim, uintptr_t sizes, uintptr_t strides,
                           uintptr_t delete_tensor) {
   const auto* api = static_cast<const dlpack::ExchangeAPI*>(
       PyCapsule_GetPointer(exchange_api.ptr(), dlpack::kCapsuleName));
@@ -114,6 +115,7 @@ bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, u
   get_address = reinterpret_cast<decltype(get_address)>(address);
   get_dtype = reinterpret_cast<decltype(get_dtype)>(dtype);
   get_dim = reinterpret_cast<decltype(get_dim)>(dim);
+  get_sizes = reinterpret_cast<decltype(get_sizes)>(sizes);
   get_strides = reinterpret_cast<decltype(get_strides)>(strides);
   delete_handle = reinterpret_cast<decltype(delete_handle)>(delete_tensor);
   return true;
@@ -143,21 +145,22 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
     Tensor tensor;
     tensor.active = false;
     if (details) {
-      const auto& [grad_type, active, own_state, rule, descriptions, states, step,
+      const auto& [grad, active, own_state, rule, descriptions, states, step,
                    step_description, fresh] = *details;
       std::vector<Description> operands;
       for (py::handle d : descriptions) operands.emplace_back(py::cast<py::tuple>(d));
       tensor = make_tensor(rule, operands);
       tensor.active = active;
       const bool empty = tensor.layout.numel() == 0;  // then an address means nothing
-      item.grad_type = reinterpret_cast<PyTypeObject*>(keep(grad_type));
+      if (active) grads_.push_back(grad);
+      item.grad_type = reinterpret_cast<PyTypeObject*>(
+          keep(py::type::handle_of(grad)));
       item.data = empty ? nullptr : operands[0].data;
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.dtype = operands[0].dtype;
       item.grad_dtype = operands[1].dtype;
       item.fresh = fresh;
-      item.maybe_negated =
-          tensor.layout.numel() == 1 || operands[0].strides != operands[1].strides;
+      item.maybe_negated = tensor.layout.numel() == 1 || !tensor.layout.contiguous(1);
       for (const Sizes* sizes : {&operands[0].shape, &operands[0].strides, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
       if (!own_state.is_none()) {
@@ -188,25 +191,30 @@ void Plan::watch(py::handle tensor) {
   if (!read_tensor) return;
   const py::list handles = py::handle(handles_of)(py::make_tuple(tensor));
   Watched watched{PyCapsule_GetPointer(py::object(handles[0]).ptr(), nullptr), nullptr, 0, 0, 0};
-  const int64_t* strides;
+  watched_.push_back(watched);  // first of all, so that the handle is not lost
+  const int64_t *sizes, *strides;
   if (get_address(watched.handle, &watched.data) || get_dtype(watched.handle, &watched.dtype) ||
-      get_dim(watched.handle, &watched.dim) || get_strides(watched.handle, &strides))
+      get_dim(watched.handle, &watched.dim) || get_sizes(watched.handle, &sizes) ||
+      get_strides(watched.handle, &strides))
     throw std::runtime_error("torch cannot tell where a tensor is");
-  watched.strides = watched_strides_.size();
-  watched_strides_.insert(watched_strides_.end(), strides, strides + watched.dim);
-  watched_.push_back(watched);
+  watched.sizes = watched_sizes_.size();
+  watched_sizes_.insert(watched_sizes_.end(), sizes, sizes + watched.dim);
+  watched_sizes_.insert(watched_sizes_.end(), strides, strides + watched.dim);
+  watched_.back() = watched;
 }
 
 bool Plan::stays(const Watched& watched) const {
   const void* data;
-  const int64_t* strides;
+  const int64_t *sizes, *strides;
+  const int64_t* wanted = watched_sizes_.data() + watched.sizes;
   int32_t dtype;
   int64_t dim;
   return !get_address(watched.handle, &data) && data == watched.data &&
          !get_dtype(watched.handle, &dtype) && dtype == watched.dtype &&
          !get_dim(watched.handle, &dim) && dim == watched.dim &&
+         !get_sizes(watched.handle, &sizes) && std::equal(sizes, sizes + dim, wanted) &&
          !get_strides(watched.handle, &strides) &&
-         std::equal(strides, strides + dim, watched_strides_.data() + watched.strides);
+         std::equal(strides, strides + dim, wanted + dim);
 }
 
 bool Plan::groups_hold() const {
@@ -214,8 +222,9 @@ bool Plan::groups_hold() const {
   static PyObject* const params_key = PyUnicode_InternFromString("params");
   size_t i = 0;
   for (size_t g = 0; g < group_params_.size(); ++g) {
-    PyObject* params = PyDict_GetItemWithError(PyList_GET_ITEM(groups_.ptr(), g), params_key);
-    if (params != group_params_[g].ptr()) return false;
+    PyObject* group = PyList_GET_ITEM(groups_.ptr(), g);
+    PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
+    if (params != group_params_[g].ptr() || !PyList_Check(params)) return false;
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i)
       if (i >= items_.size() || PyList_GET_ITEM(params, k) != items_[i].param) return false;
   }
@@ -226,7 +235,7 @@ namespace {
 
 template <class Entry>
 bool dict_holds(PyObject* dict, const Entry* begin, const Entry* end) {
-  if (PyDict_GET_SIZE(dict) != end - begin) return false;
+  if (!PyDict_Check(dict) || PyDict_GET_SIZE(dict) != end - begin) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (; PyDict_Next(dict, &position, &key, &value); ++begin)
@@ -283,11 +292,8 @@ bool Plan::find_grad(size_t i) {
   const Item& item = items_[i];
   Tensor& tensor = tensors_[i];
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-  const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_name));
-  if (!grad) {
-    PyErr_Clear();
-    return false;
-  }
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_name));
+  if (!grad) throw py::error_already_set();
   if (tensor.active == grad.is_none()) {
     tensor.active = !tensor.active;
     schedule_.reset();
@@ -300,11 +306,14 @@ bool Plan::find_grad(size_t i) {
       !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim) ||
       (item.maybe_negated && is_negated(grad)))
     return false;
+  if (!address(found) && tensor.layout.numel() > 0) return false;  // its storage was freed
   tensor.operands[1].data = const_cast<char*>(address(found));
+  grads_.push_back(std::move(grad));
   return true;
 }
 
 bool Plan::refresh(int threads) {
+  grads_.clear();
   if (!read_tensor || !groups_hold() || !state_holds() || !states_hold(threads)) return false;
   for (size_t i = 0; i < items_.size(); ++i) {
     if (i + kAhead < items_.size()) prefetch(items_[i + kAhead]);
@@ -352,8 +361,11 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
   std::vector<double> table(scalars.size() * row_size);
   for (size_t r = 0; r < scalars.size(); ++r)
     std::copy(scalars[r].begin(), scalars[r].end(), table.begin() + r * row_size);
-  py::gil_scoped_release release;
-  fastopt::update(tensors_, *schedule_, table, row_size, threads);
+  {
+    py::gil_scoped_release release;
+    fastopt::update(tensors_, *schedule_, table, row_size, threads);
+  }
+  grads_.clear();
   for (size_t i = 0; i < items_.size(); ++i) {
     if (!tensors_[i].active) continue;
     if (items_[i].step) *items_[i].step += 1;

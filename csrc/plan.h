@@ -36,7 +36,7 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands);
 // unsafe_alloc_void_ptrs_from_tensors, and functions of torch's stable C ABI. False where the
 // version is not understood. Without them no plan outlives its step.
 bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
-                          uintptr_t dtype, uintptr_t dim, uintptr_t strides,
+                          uintptr_t dtype, uintptr_t dim, uintptr_t sizes, uintptr_t strides,
                           uintptr_t delete_tensor);
 
 class Plan {
@@ -78,7 +78,7 @@ class Plan {
     void* handle;   // a reference to it in torch's stable C ABI
     const void* data;
     int64_t dim;
-    size_t strides;  // where its strides begin in watched_strides_
+    size_t sizes;    // where its sizes and strides begin in watched_sizes_
     int32_t dtype;   // torch's number
   };
   struct Item {
@@ -111,6 +111,7 @@ class Plan {
 
   py::list groups_;
   py::dict state_;
+  std::vector<py::object> grads_;  // from when they are found until they have been read
   std::vector<py::object> kept_;  // keeps every object that is compared by identity alive
   std::vector<py::object> group_params_;
   std::vector<Entry> state_entries_;  // of state_ itself
@@ -119,7 +120,7 @@ class Plan {
   std::vector<int64_t> sizes_;  // shape, parameter's strides, gradient's strides
   std::vector<Entry> entries_;
   std::vector<Watched> watched_;  // of all items
-  std::vector<int64_t> watched_strides_;
+  std::vector<int64_t> watched_sizes_;
 
   std::vector<Tensor> tensors_;  // one for each item
   std::vector<Cohort> cohorts_;

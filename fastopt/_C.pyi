@@ -26,6 +26,7 @@ def use_torch_interfaces(
     get_address: int,
     get_dtype: int,
     get_dim: int,
+    get_sizes: int,
     get_strides: int,
     delete_tensor: int,
 ) -> bool: ...

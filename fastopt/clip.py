@@ -78,7 +78,8 @@ def clip_grad_norm_(
 
     Args:
         parameters: those without a gradient are passed over.
-        max_norm: the gradients are multiplied by min(1, max_norm / (norm + 1e-6)).
+        max_norm: the gradients are multiplied by min(1, max_norm / (norm + 1e-6)), and by 1 where
+            it is infinite.
 
     Returns, raises, and the other arguments: see `get_total_norm`.
     """
@@ -121,6 +122,12 @@ def _by_backend(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def _scale_and_clamp(grads: list[Tensor], coef: float, clip_value: float) -> None:
+    for i, grad in enumerate(grads):
+        if dispatch.overlaps_itself(grad):
+            raise RuntimeError(
+                f"gradient {i}, of shape {tuple(grad.shape)}, has several elements in one place of "
+                "memory (an expanded tensor?) and cannot be clipped in place: clone it"
+            )
     native, others = _by_backend(grads)
     if extension := dispatch.extension():
         descriptions = [describe(grad) for grad in native]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import warnings
 from pathlib import Path
@@ -68,6 +69,7 @@ def _connect(extension: ModuleType) -> None:
                     "torch_get_const_data_ptr",
                     "aoti_torch_get_dtype",
                     "aoti_torch_get_dim",
+                    "aoti_torch_get_sizes",
                     "aoti_torch_get_strides",
                     "aoti_torch_delete_tensor_object",
                 )
@@ -135,8 +137,7 @@ def _cpp_obstacle(tensors: list[Tensor]) -> str:
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"is on {tensor.device}"
-        # A subclass that intercepts operators (DTensor, ...) may hold no memory of its own.
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if _is_wrapper(tensor):
             return f"is a {type(tensor).__name__}"
         if tensor.is_neg():
             return "is a lazily negated view"
@@ -170,6 +171,8 @@ def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
     elif tensor.is_meta:
         found = "is on the meta device and has no data"
         cure = "materialize the model (to_empty, then initialize) first"
+    elif not _has_memory(tensor):
+        found, cure = "has lost its memory (its storage was resized to 0)", "give it data again"
     else:
         return
     raise RuntimeError(f"{prefix}{where} {found}: {cure}")
@@ -198,7 +201,11 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             f"{where} is {param.dtype} and its gradient {grad.dtype}: "
             "set it to None when the parameter's dtype changes, or set parameter.grad_dtype"
         )
-    if _overlaps_itself(param):
+    if param.is_inference():
+        raise RuntimeError(
+            f"{where} was made in inference mode and must not be changed outside of it: clone it"
+        )
+    if overlaps_itself(param):
         raise RuntimeError(
             f"{where} has several elements in one place of memory (an expanded tensor?): "
             "optimize the tensor that it was expanded from, or a clone"
@@ -221,6 +228,21 @@ def check_state(param: Tensor, name: str, state: object, where: object) -> None:
         )
 
 
+def check_step(step: object, where: object) -> None:
+    """Raises where a state's ``step`` is no number of steps.
+
+    Raises:
+        RuntimeError: as in `check_dense`.
+    """
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+        raise RuntimeError(
+            f"{where} has a state 'step' that is no number of steps ({step}): "
+            "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+        )
+
+
 def fits(param: Tensor, state: object) -> bool:
     """Whether an object can be a state of the parameter."""
     return (
@@ -229,14 +251,27 @@ def fits(param: Tensor, state: object) -> bool:
         and state.device == param.device
         and state.dtype in DTYPES
         and state.layout == torch.strided
+        and not overlaps_itself(state)
+        and _has_memory(state)
     )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    # A wrapper such as DTensor has none of its own, and needs none here.
+    return tensor.numel() == 0 or tensor.data_ptr() != 0 or _is_wrapper(tensor)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a subclass intercepts operators."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _grad_dtype(param: Tensor) -> torch.dtype | None:
     return getattr(param, "grad_dtype", None)  # torch < 2.13 has no such attribute
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements lie in one place of memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     sizes = sorted(
@@ -244,6 +279,8 @@ def _overlaps_itself(tensor: Tensor) -> bool:
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
         if size > 1
     )
+    if sizes and sizes[0][0] == 0:  # expanded
+        return True
     reach = 0  # from the first element to the last, over the dimensions seen so far
     for stride, size in sizes:
         if stride <= reach:

@@ -98,9 +98,13 @@ class Optimizer(torch.optim.Optimizer):
         copies them, so that the optimizer shares no memory with ``state_dict``.
         """
         # Registered only now, to run after the user's hooks.
-        handle = self.register_load_state_dict_pre_hook(_wrap_tensors)
+        handle = self.register_load_state_dict_pre_hook(_prepare)
+        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
         finally:
             handle.remove()
 
@@ -136,18 +140,26 @@ class _Saved:
         """A copy as `param`, which has the states `names`, needs it; as it is for any other key."""
         if names is None:
             return self.tensor
-        if name == "step":
+        if name == "step" and self.tensor.numel() == 1:
             return torch.tensor(float(self.tensor), dtype=torch.float32, device="cpu")
         dtype = reference.arithmetic_dtype(param) if name in names else self.tensor.dtype
         return self.tensor.to(param.device, dtype, copy=True)
 
 
-def _wrap_tensors(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _prepare(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with its tensors wrapped, and its groups with what they lack from ours: a torch
+    checkpoint knows no `max_norm`."""
+
     def wrapped(value: Any) -> Any:
         return _Saved(value) if isinstance(value, Tensor) else value
 
+    groups = list(state_dict["param_groups"])
+    if len(groups) == len(optimizer.param_groups):  # else torch raises
+        ours = [{**group, "params": None} for group in optimizer.param_groups]
+        groups = [{**own, **saved} for own, saved in zip(ours, groups, strict=True)]
     return {
         **state_dict,
+        "param_groups": groups,
         "state": {
             key: {k: wrapped(v) for k, v in values.items()} if isinstance(values, dict) else values
             for key, values in state_dict["state"].items()
@@ -205,7 +217,7 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class SGD(Optimizer):
-    """Stochastic gradient descent with momentum, as `torch.optim.SGD`."""
+    """SGD with momentum, as `torch.optim.SGD`; arguments: see `Optimizer`."""
 
     rule = RULES["sgd"]
     variants = (
@@ -236,7 +248,10 @@ class SGD(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """Adagrad, as `torch.optim.Adagrad`. Its states exist from the start, as in torch."""
+    """Adagrad, as `torch.optim.Adagrad`; arguments: see `Optimizer`.
+
+    The states exist from the start, as in torch.
+    """
 
     rule = RULES["adagrad"]
     variants = ({}, {"lr_decay": 0.01, "initial_accumulator_value": 0.1})
@@ -267,9 +282,18 @@ class Adagrad(Optimizer):
             if param.is_floating_point() and param not in self.state:
                 self.state[param] = new_states(self.rule, group, param, {}, self.rule.states(group))
 
+    def share_memory(self) -> None:
+        """Moves the states to shared memory, for training by several processes."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.share_memory_()
+
 
 class RMSprop(Optimizer):
-    """RMSprop, as `torch.optim.RMSprop`, but never NaN where ``centered`` meets rounding."""
+    """RMSprop, as `torch.optim.RMSprop`; arguments: see `Optimizer`.
+
+    Other than torch's, it is never NaN where ``centered`` meets rounding.
+    """
 
     rule = RULES["rmsprop"]
     variants = (
@@ -293,6 +317,7 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         differentiable: bool = False,
         *,
+        fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
         backend: str = "auto",
@@ -301,7 +326,7 @@ class RMSprop(Optimizer):
 
 
 class Adam(Optimizer):
-    """Adam and AMSGrad, as `torch.optim.Adam`."""
+    """Adam and AMSGrad, as `torch.optim.Adam`; arguments: see `Optimizer`."""
 
     rule = RULES["adam"]
     variants = ({}, {"amsgrad": True})
@@ -329,7 +354,7 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay, as `torch.optim.AdamW`."""
+    """Adam with decoupled weight decay, as `torch.optim.AdamW`; arguments: see `Optimizer`."""
 
     def __init__(
         self,
@@ -339,11 +364,18 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        **others: Any,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, **others, decoupled_weight_decay=True
-        )
+        settings = _settings(locals())
+        super().__init__(params, **settings, backend=backend, decoupled_weight_decay=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

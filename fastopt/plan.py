@@ -29,6 +29,8 @@ def describe(tensor: Tensor) -> Description:
 
 def clip_coef(norm: float, max_norm: float) -> float:
     """The factor that brings a norm down to ``max_norm``, as in torch's ``clip_grad_norm_``."""
+    if max_norm == math.inf:
+        return 1.0  # whatever the norm
     coef = max_norm / (norm + 1e-6)
     return 1.0 if coef > 1.0 else coef  # NaN stays
 
@@ -59,7 +61,7 @@ class Item:
         grad = self.param if self.grad is None else self.grad
         step = self.state["step"] if rule.counts_steps else None
         return (
-            Tensor if self.grad is None else type(self.grad),
+            torch.empty(0) if self.grad is None else self.grad,
             self.grad is not None,
             self.state if self.state else None,
             extension.rule_index(rule.name, " ".join(self.states)),
@@ -86,8 +88,11 @@ class Plan:
         self.groups = optimizer.param_groups
         self.state = optimizer.state
         self.names = [self.rule.states(group) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            self.rule.scalars_of(self.rule.hyperparameters(group), step=1)
+        self.backend = optimizer.backend
+        # All that may raise comes before the states are made: they would pass for old ones later.
+        rows = _Rows(self.rule, optimizer.param_groups, norm=0.0)
+        for g in range(len(optimizer.param_groups)):
+            rows.native(g, step=1.0)
         params = [
             (g, param, _item(optimizer, _Place(group, g, i), param, self.names[g]))
             for g, group in enumerate(optimizer.param_groups)
@@ -124,6 +129,7 @@ class Plan:
         which of them are None."""
         return (
             self.native is not None
+            and self.backend == optimizer.backend
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
@@ -140,12 +146,35 @@ class Plan:
         rows = _Rows(self.rule, groups, norm)
         if self.native is not None:
             cohorts = self.native.cohorts()
-            self.native.update([rows.native(group, step) for group, step in cohorts], threads)
+            native_rows = [rows.native(group, step) for group, step in cohorts]
+        for item in self.others:
+            rows.native(item.group, self._next_step(item))  # raises, if at all, before any change
+        if self.native is not None:
+            self.native.update(native_rows, threads)
             # Autograd does not see writes through an address.
             torch.autograd.graph.increment_version(self.native.active_params())
         for item in self.others:
-            rows.update_with_reference(item)
+            self._update_with_reference(item, rows)
         optimizer.grad_norm = None if norm is None else torch.tensor(norm, **self.norm_options)
+
+    def _next_step(self, item: Item) -> float:
+        if self.rule.counts_steps:
+            return float(item.state["step"]) + 1
+        return 1.0 if item.fresh else 2.0
+
+    def _update_with_reference(self, item: Item, rows: _Rows) -> None:
+        if item.grad is None:
+            return
+        reference.update_(
+            self.rule.update,
+            item.param,
+            item.grad,
+            item.states,
+            rows.rule_scalars(item.group, self._next_step(item)),
+            *rows.driver(item.group),
+        )
+        if self.rule.counts_steps:
+            item.state["step"] += 1
 
     def _sum_of_squares(self, threads: int) -> float:
         total = 0.0
@@ -170,10 +199,16 @@ class _Rows:
         """The gradient's factor and the bound of its elements."""
         settings = self.groups[group]
         coef = -1.0 if settings["maximize"] else 1.0
-        if settings["max_norm"] is not None and self.norm is not None:
-            coef *= clip_coef(self.norm, settings["max_norm"])
-        clip_value = settings["clip_value"]
-        return coef, math.inf if clip_value is None else clip_value
+        max_norm, clip_value = settings["max_norm"], settings["clip_value"]
+        if max_norm is not None and self.norm is not None:
+            if not max_norm >= 0:
+                raise ValueError(f"Invalid max_norm in param group {group}: {max_norm}")
+            coef *= clip_coef(self.norm, max_norm)
+        if clip_value is None:
+            return coef, math.inf
+        if not clip_value >= 0:
+            raise ValueError(f"Invalid clip_value in param group {group}: {clip_value}")
+        return coef, clip_value
 
     def rule_scalars(self, group: int, step: float) -> tuple[float, ...]:
         key = (self.hyperparameters[group], step)
@@ -183,23 +218,6 @@ class _Rows:
 
     def native(self, group: int, step: float) -> tuple[float, ...]:
         return self.driver(group) + self.rule_scalars(group, step)
-
-    def update_with_reference(self, item: Item) -> None:
-        if item.grad is None:
-            return
-        if self.rule.counts_steps:
-            item.state["step"] += 1
-            step = float(item.state["step"])
-        else:
-            step = 1.0 if item.fresh else 2.0
-        reference.update_(
-            self.rule.update,
-            item.param,
-            item.grad,
-            item.states,
-            self.rule_scalars(item.group, step),
-            *self.driver(item.group),
-        )
 
 
 def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
@@ -239,9 +257,11 @@ def _item(
         if not known or not all(dispatch.fits(param, tensor) for tensor in states.values()):
             return None
         tensors = [param, *states.values()]
-        backend = dispatch.backend_for(tensors, "auto", place)
+        asked = "reference" if optimizer.backend == "reference" else "auto"
+        backend = dispatch.backend_for(tensors, asked, place)
     else:
         dispatch.check(param, grad, place)
+        dispatch.check_step(state.get("step", 0.0), place)
         for name, tensor in states.items():
             dispatch.check_state(param, name, tensor, place)
         tensors = [param, grad, *states.values()]

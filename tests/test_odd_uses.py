@@ -1,0 +1,212 @@
+"""Odd ways to hold it, each of which once went wrong."""
+
+import io
+import math
+import threading
+
+import pytest
+import torch
+
+import fastopt
+
+BACKENDS = ["cpp", "reference"]
+
+
+def param_with(grad, data=None):
+    param = torch.nn.Parameter(torch.ones(grad.shape) if data is None else data)
+    param.grad = grad
+    return param
+
+
+def test_a_negated_gradient_of_a_strided_parameter():
+    param = torch.ones(8, 2)[:, 0].requires_grad_()
+    optimizer = fastopt.SGD([param], lr=0.1)
+    param.grad = torch.ones(8, 2)[:, 0]
+    optimizer.step()
+    param.grad = (torch.ones(8, dtype=torch.complex64) * (1 + 1j)).conj().imag
+    assert param.grad.stride() == param.stride()
+    optimizer.step()
+    assert torch.equal(param, torch.ones(8) - 0.1 + 0.1)
+
+
+def test_clipping_expanded_gradients():
+    param = param_with(torch.full((1,), 8.0).expand(5000))
+    assert fastopt.get_total_norm([param.grad]) == pytest.approx(8 * math.sqrt(5000))
+    for clip in (fastopt.clip_grad_norm_, fastopt.clip_grad_value_):
+        with pytest.raises(RuntimeError, match="gradient 0, of shape .* clone it"):
+            clip([param], 1.0)
+    assert param.grad[0] == 8
+
+
+def test_gradients_replaced_by_another_thread():
+    """The step reads the gradients that it found, whose memory stays."""
+    params = [param_with(torch.ones(100_000)) for _ in range(4)]
+    optimizer = fastopt.SGD(params, lr=0.0)
+    done = threading.Event()
+
+    def replace():
+        while not done.is_set():
+            for param in params:
+                param.grad = torch.ones(100_000)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    for _ in range(100):
+        optimizer.step()
+    done.set()
+    thread.join()
+    assert all(torch.equal(param, torch.ones(100_000)) for param in params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", [math.nan, -1.0, "three", torch.ones(3), torch.ones(0)])
+def test_steps_that_are_no_numbers(backend, step):
+    params = [param_with(torch.ones(3)) for _ in range(2)]
+    optimizer = fastopt.Adam(params, backend=backend)
+    optimizer.step()
+    before = params[0].detach().clone()
+    optimizer.state[params[1]]["step"] = step
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0, .* that is no number of steps"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("setting", "value", "error"),
+    [
+        ("max_norm", math.nan, ValueError),
+        ("max_norm", -1, ValueError),
+        ("max_norm", "1", TypeError),
+        ("clip_value", math.nan, ValueError),
+        ("clip_value", -0.5, ValueError),
+    ],
+)
+def test_settings_that_turn_bad(setting, value, error, backend):
+    param = param_with(torch.ones(1), torch.zeros(1))
+    optimizer = fastopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5, backend=backend)
+    optimizer.param_groups[0][setting] = value
+    with pytest.raises(error):
+        optimizer.step()
+    assert param.item() == 0
+    assert not optimizer.state  # or the first step would not be the first any more
+    optimizer.param_groups[0][setting] = None
+    optimizer.step()
+    assert param.item() == -1
+
+
+def test_the_reference_is_kept_where_gradients_come_and_go(monkeypatch):
+    calls = []
+    update = fastopt.reference.update_
+    monkeypatch.setattr(
+        fastopt.reference, "update_", lambda *args: (calls.append(1), update(*args))
+    )
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.Adam([param], backend="reference")
+    for grad in (torch.ones(3), None, torch.ones(3)):
+        param.grad = grad
+        optimizer.step()
+    assert len(calls) == 2
+
+
+def test_a_groups_own_max_norm_survives_a_torch_checkpoint():
+    params = [param_with(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": params[:1], "max_norm": 0.1}, {"params": params[1:]}]
+    optimizer = fastopt.AdamW(groups, max_norm=None, clip_value=3.0)
+    theirs = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}], lr=0.5)
+    theirs.step()
+    optimizer.load_state_dict(theirs.state_dict())
+    assert [g["max_norm"] for g in optimizer.param_groups] == [0.1, None]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
+    assert optimizer.param_groups[0]["params"] == params[:1]
+
+
+def test_a_load_that_fails_changes_nothing():
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.AdamW([param])
+    optimizer.step()
+    saved = torch.load(io.BytesIO(_saved(optimizer)))
+    saved["state"][0]["exp_avg_sq"] = torch.ones(3, device="meta")
+    saved["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+
+
+def _saved(optimizer):
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def test_states_that_overlap_or_were_resized():
+    param = param_with(torch.ones(8))
+    optimizer = fastopt.AdamW([param])
+    optimizer.step()
+    optimizer.state[param]["exp_avg"].resize_(4)
+    with pytest.raises(RuntimeError, match=r"a state 'exp_avg' that does not fit .*\(4,\)"):
+        optimizer.step()
+    optimizer.state[param]["exp_avg"] = torch.zeros(1).expand(8)
+    with pytest.raises(RuntimeError, match="a state 'exp_avg' that does not fit"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("which", ["param", "grad", "state"])
+def test_freed_storages(which):
+    param = param_with(torch.ones(8))
+    optimizer = fastopt.AdamW([param])
+    optimizer.step()
+    tensor = {"param": param, "grad": param.grad, "state": optimizer.state[param]["exp_avg"]}[which]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="lost its memory|does not fit"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_max_norm_only_measures(backend):
+    param = param_with(torch.tensor([math.inf, 1.0]))
+    optimizer = fastopt.SGD([param], lr=1.0, max_norm=math.inf, backend=backend)
+    optimizer.step()
+    assert param.tolist() == [-math.inf, 0.0]
+    assert optimizer.grad_norm == math.inf
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        param = torch.ones(3)
+        grad = torch.ones(3)
+    param.grad = grad
+    with pytest.raises(RuntimeError, match="made in inference mode .* clone it"):
+        fastopt.SGD([param]).step()
+
+
+def test_a_tuple_of_parameters_in_a_group():
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.SGD([param], lr=1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = (param,)
+    optimizer.step()
+    optimizer.step()
+    assert param.tolist() == [-2, -2, -2]
+
+
+def test_another_backend_midway(monkeypatch):
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.SGD([param], lr=1.0)
+    optimizer.step()
+    optimizer.backend = "reference"
+    optimizer.step()
+    assert optimizer._plan is None  # those of the reference are not kept
+    assert param.tolist() == [-1, -1, -1]
+
+
+def test_shared_memory():
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.Adagrad([param])
+    optimizer.share_memory()
+    optimizer.step()
+    assert optimizer.state[param]["sum"].is_shared()
+    assert optimizer.state[param]["sum"].tolist() == [1, 1, 1]
