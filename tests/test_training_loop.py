@@ -667,6 +667,22 @@ def test_states_changed(cls, variant, backend, change):
     agrees_with_torch(cls, variant, backend, run)
 
 
+@pytest.mark.parametrize("convert", [int, float, torch.Tensor.double], ids=["int", "float", "fp64"])
+@each_backend
+@pytest.mark.parametrize("cls", [cls for cls in fastopt.OPTIMIZERS if cls.rule.counts_steps])
+def test_a_step_set_by_hand(cls, backend, convert):
+    """Of another type than torch's: it counts on from there as fp32."""
+    optimizer = cls(new_params(SHAPES), backend=backend)
+    for state in [optimizer.state[param] for param in take_steps(optimizer, range(3))]:
+        state["step"] = convert(state["step"])
+    wanted = take_steps(cls(new_params(SHAPES), backend=backend), range(6))
+    found = take_steps(optimizer, range(3, 6))
+    assert_same_bits(found, wanted)
+    for param in found:
+        step = optimizer.state[param]["step"]
+        assert (step.dtype, float(step)) == (torch.float32, 6.0)
+
+
 @pytest.mark.parametrize("how", ["clear", "replace", "delete"])
 @each_backend
 @each_case
