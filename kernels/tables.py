@@ -1,0 +1,42 @@
+"""How a launch finds its tensors: tables of int64 words in the memory of the device.
+
+What a launch does is a list of chunks, one for each program. Doubles stand in the tables bit by bit.
+
+Tensors: [STATES + states, tensors]; a column says how many elements a tensor has, its param group,
+and the addresses of its step, itself and its states.
+Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor's sign and
+max_norm, from which `norm.clip` computes the factor, and what the rule takes.
+Settings: [groups, 2, OWN + the rule's hyperparameters]; for each param group what `compute_scalars`
+computes a row of scalars from, first as values, then as addresses in the device's memory or 0.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(8192)  # elements; also the fixed partition of the norm
+THREADS = tl.constexpr(128)  # of a program
+
+# Rows of the table of tensors. The addresses of the states follow.
+NUMEL, GROUP, STEP, PARAM, STATES = (tl.constexpr(i) for i in range(5))
+# Columns of the table of scalars, and of that of settings. Those of the rule follow.
+COEF, CLIP_VALUE, SIGN, MAX_NORM, OWN = (tl.constexpr(i) for i in range(5))
+
+
+@triton.jit
+def locate(chunks, numels):
+    """The tensor of this program's chunk, the chunk's first element, and how many elements the
+    tensor has from there on."""
+    word = tl.load(chunks + tl.program_id(0))
+    tensor = word >> 32
+    begin = (word & 0xFFFFFFFF) * CHUNK
+    return tensor, begin, tl.load(numels + tensor) - begin
+
+
+@triton.jit
+def as_double(word):
+    return word.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def as_word(double):
+    return double.to(tl.int64, bitcast=True)

@@ -1,0 +1,164 @@
+"""The kernels that update many tensors in one launch."""
+
+import triton
+import triton.language as tl
+
+from .dtypes import load, store
+from .norm import clip_coef, reduce_rows
+from .tables import (
+    CHUNK,
+    CLIP_VALUE,
+    COEF,
+    GROUP,
+    MAX_NORM,
+    NUMEL,
+    OWN,
+    PARAM,
+    SIGN,
+    STEP,
+    THREADS,
+    as_double,
+    as_word,
+    locate,
+)
+
+BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a time
+
+
+@triton.jit
+def update_blocks(
+    addresses,
+    left,
+    coef,
+    clip_value,
+    scalars,
+    RULE: tl.constexpr,
+    GAP: tl.constexpr,
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """Updates the elements from `addresses` on: CHUNK of them if FULL, else up to `left`.
+
+    Args:
+        addresses: of parameter, gradient and states.
+        FULL: all addresses are multiples of 16 bytes, too.
+    """
+    for begin in range(0, CHUNK if FULL else tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        mask = None if FULL else at < left
+        x = ()
+        for i in tl.static_range(len(DTYPES)):
+            x = x + (load(addresses[i], at, mask, DTYPES[i], COMPUTE, FULL),)
+        g = x[1] * coef
+        g = tl.where(g > clip_value, clip_value, tl.where(g < -clip_value, -clip_value, g))
+        if GAP is None:
+            new = RULE(x[0], g, *scalars, *x[2:])
+        else:
+            new = RULE(x[0], g, *scalars, *x[2 : 2 + GAP], None, *x[2 + GAP :])
+        for i in tl.static_range(len(DTYPES) - 1):
+            # All but the gradient.
+            store(addresses[i + (i > 0)], at, mask, new[i], DTYPES[i + (i > 0)], FULL)
+
+
+@triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
+def update(
+    tensors,  # [STATES + states, n]
+    grads,  # [n]: addresses
+    row_of,  # [n]: in the table of scalars
+    chunks,  # [programs]: see `locate`
+    scalars,  # [.., OWN + N_SCALARS]; a tensor of clip_value < 0 is left as it is
+    n,
+    RULE: tl.constexpr,
+    N_SCALARS: tl.constexpr,
+    GAP: tl.constexpr,  # before which of the states one is missing that the rule can have
+    DTYPES: tl.constexpr,  # of parameter, gradient and states
+):
+    """One step of a rule for each chunk of the parameters."""
+    tensor, begin, left = locate(chunks, tensors + NUMEL * n)
+    COMPUTE: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
+    addresses = ()
+    bits = begin * 0
+    for i in tl.static_range(len(DTYPES)):
+        column = grads if i == 1 else tensors + (PARAM + i - (i > 1)) * n
+        address = tl.load(column + tensor) + begin * (DTYPES[i].primitive_bitwidth // 8)
+        addresses = addresses + (address,)
+        bits = bits | address
+    scalars += tl.load(row_of + tensor) * (OWN + N_SCALARS)
+    coef = as_double(tl.load(scalars + COEF)).to(COMPUTE)
+    clip_value = as_double(tl.load(scalars + CLIP_VALUE)).to(COMPUTE)
+    own = ()
+    for k in tl.static_range(N_SCALARS):
+        own = own + (as_double(tl.load(scalars + OWN + k)).to(COMPUTE),)
+    left = tl.where(clip_value < 0, 0, left)
+    if (left >= CHUNK) & (bits % 16 == 0):
+        update_blocks(addresses, left, coef, clip_value, own, RULE, GAP, DTYPES, COMPUTE, True)
+    else:
+        update_blocks(addresses, left, coef, clip_value, own, RULE, GAP, DTYPES, COMPUTE, False)
+
+
+@triton.jit
+def setting(settings, k, group, known, N_SETTINGS: tl.constexpr):
+    """The k-th setting of each group: its value, or what is at its address where it has one."""
+    settings += group * 2 * N_SETTINGS + k
+    value = as_double(tl.load(settings, known, 0))
+    address = tl.load(settings + N_SETTINGS, known, 0)
+    # Doubles are at odd addresses, by one too high: see `multi_tensor.address_of`.
+    is_double = known & (address % 2 == 1)
+    is_float = known & (address % 2 == 0) & (address != 0)
+    double = tl.load((address - 1).to(tl.pointer_type(tl.float64)), is_double, 0.0)
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), is_float, 0.0)
+    return tl.where(is_double, double, tl.where(is_float, single.to(tl.float64), value))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("tensors", "waves", "settings", "scalars", "partials", "norm", "grad_scale"),
+        *("found_inf", "n", "n_partials", "wave"),
+    ]
+)
+def compute_scalars(
+    tensors,  # as in `update`
+    waves,  # [n]: those of `wave` make a step now
+    settings,  # [.., 2, N_SETTINGS]
+    scalars,  # [n, OWN + the rule's]: the result
+    partials,  # of the norm; None: do not clip
+    norm,  # 0-dim: the result; None as above
+    grad_scale,  # fp32, 0-dim; or None
+    found_inf,  # fp32, 0-dim: nothing is updated where it is not 0; or None
+    n,
+    n_partials,
+    wave,
+    RULE_SCALARS: tl.constexpr,
+    N_SETTINGS: tl.constexpr,
+):
+    """Counts the tensors' steps and computes the scalars of each, all from the device's memory.
+
+    A program has a tensor for each of its threads.
+    """
+    inv_scale = tl.full((), 1.0, tl.float64)
+    if grad_scale is not None:
+        inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    skip = tl.full((), False, tl.int1)
+    if found_inf is not None:
+        skip = tl.load(found_inf) != 0
+    tensor = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    known = tensor < n
+    known = known & (tl.load(waves + tensor, known, -1) == wave)
+    group = tl.load(tensors + GROUP * n + tensor, known, 0)
+    values = ()
+    for k in tl.static_range(N_SETTINGS):
+        values = values + (setting(settings, k, group, known, N_SETTINGS),)
+    coef = values[SIGN] * inv_scale
+    if partials is not None:
+        total_norm = tl.sqrt(reduce_rows(partials, n_partials, 2)) * inv_scale
+        tl.store(norm, total_norm)
+        coef = coef * clip_coef(total_norm, values[MAX_NORM])
+    clip_value = tl.where(skip, -1.0, values[CLIP_VALUE])
+    at = tl.load(tensors + STEP * n + tensor, known, 0).to(tl.pointer_type(tl.float32))
+    step = tl.load(at, known, 0.0).to(tl.float64) + 1
+    tl.store(at, step.to(tl.float32), known & (skip == 0))
+    # SIGN and MAX_NORM have served.
+    row = (coef, clip_value, coef, coef) + RULE_SCALARS(step, *values[OWN:])
+    for k in tl.static_range(len(row)):
+        tl.store(scalars + tensor * len(row) + k, as_word(row[k]), known)
