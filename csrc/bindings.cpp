@@ -70,6 +70,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<py::list, py::dict, const py::list&>())
       .def("refresh", &Plan::refresh)
       .def("cohorts", &Plan::cohorts)
+      .def("pattern", &Plan::pattern)
+      .def("grads", &Plan::grads)
+      .def("scalars_of", &Plan::scalars_of)
       .def("active_params", &Plan::active_params)
       .def("sum_of_squares", &Plan::sum_of_squares)
       .def("update", &Plan::update);

@@ -31,11 +31,11 @@ bool read(PyObject* object, dlpack::Tensor& out) {
 // in memory, so that a tensor without gaps can only be one where it has a single element.
 bool is_negated(py::handle tensor) { return tensor.attr("is_neg")().cast<bool>(); }
 
-bool is_dtype(const dlpack::Tensor& tensor, DType dtype) {
+bool is_a(const dlpack::Tensor& tensor, DType dtype, dlpack::Device device) {
   const uint8_t code = dtype == DType::bfloat16 ? 4 : 2;
   return tensor.dtype.code == code && tensor.dtype.lanes == 1 &&
          tensor.dtype.bits == 8 * kItemSize[static_cast<int>(dtype)] &&
-         tensor.device.type == dlpack::kCPU;
+         tensor.device.type == device.type && tensor.device.id == device.id;
 }
 
 const char* address(const dlpack::Tensor& tensor) {
@@ -61,12 +61,6 @@ int find_rule(const std::string& name, const std::string& states, std::index_seq
    ...);
   return found;
 }
-
-// What Item.for_native makes: a tensor that is or is like the gradient, whether it is the gradient,
-// state dict or None, rule index, descriptions of parameter, gradient (or what is like it) and
-// states, the state tensors, step tensor or None, its description, whether the states are new.
-using Details = std::tuple<py::object, bool, py::object, int, py::list, py::list, py::object,
-                           py::object, bool>;
 
 }  // namespace
 
@@ -136,30 +130,32 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
   std::unordered_map<PyObject*, int16_t> seen;
   for (py::handle handle : items) {
     const auto [group, param, details] =
-        handle.cast<std::tuple<int, py::object, std::optional<Details>>>();
+        handle.cast<std::tuple<int, py::object, std::optional<py::object>>>();
     Item item{};
     item.group = group;
     item.param = keep(param);
     item.repeat = seen[item.param]++;
     item.updated = details.has_value();
     Tensor tensor;
-    tensor.active = false;
     if (details) {
-      const auto& [grad, active, own_state, rule, descriptions, states, step,
-                   step_description, fresh] = *details;
+      const py::object grad = details->attr("grad");
+      const py::object own_state = details->attr("state");
+      const py::object step = details->attr("step");
       std::vector<Description> operands;
-      for (py::handle d : descriptions) operands.emplace_back(py::cast<py::tuple>(d));
-      tensor = make_tensor(rule, operands);
-      tensor.active = active;
-      const bool empty = tensor.layout.numel() == 0;  // then an address means nothing
-      if (active) grads_.push_back(grad);
-      item.grad_type = reinterpret_cast<PyTypeObject*>(
-          keep(py::type::handle_of(grad)));
-      item.data = empty ? nullptr : operands[0].data;
+      for (py::handle d : details->attr("operands")) operands.emplace_back(py::cast<py::tuple>(d));
+      tensor = make_tensor(details->attr("rule").cast<int>(), operands);
+      item.has_grad = !grad.is_none();
+      item.part = details->attr("part").cast<int>();
+      item.scalars_here = details->attr("scalars_here").cast<bool>();
+      item.fresh = details->attr("fresh").cast<bool>();
+      if (item.has_grad) grads_.push_back(grad);
+      item.grad_type = reinterpret_cast<PyTypeObject*>(keep(details->attr("grad_type")));
+      dlpack::Tensor now;
+      if (read_tensor && read(item.param, now)) item.device = now.device;
+      item.data = tensor.layout.numel() ? operands[0].data : nullptr;  // else it means nothing
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.dtype = operands[0].dtype;
       item.grad_dtype = operands[1].dtype;
-      item.fresh = fresh;
       item.maybe_negated = tensor.layout.numel() == 1 || !tensor.layout.contiguous(1);
       for (const Sizes* sizes : {&operands[0].shape, &operands[0].strides, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
@@ -167,11 +163,11 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         item.state = keep(own_state);
         entries_of(own_state, entries_);
       }
-      for (py::handle state : states) watch(state);
+      for (py::handle state : details->attr("states")) watch(state);
       if (!step.is_none()) {
-        item.step = reinterpret_cast<float*>(
-            Description(py::cast<py::tuple>(step_description)).data);
         watch(step);
+        if (item.scalars_here)
+          item.step = reinterpret_cast<float*>(step.attr("data_ptr")().cast<uintptr_t>());
       }
     }
     item.sizes_end = sizes_.size();
@@ -258,7 +254,7 @@ bool Plan::item_holds(size_t i) {
     return false;
   dlpack::Tensor tensor;
   const int64_t* shape = &sizes_[item.sizes_end - 3 * item.ndim];
-  if (!read(item.param, tensor) || !is_dtype(tensor, item.dtype) ||
+  if (!read(item.param, tensor) || !is_a(tensor, item.dtype, item.device) ||
       (item.data && address(tensor) != item.data) ||
       !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
     return false;
@@ -289,20 +285,20 @@ void Plan::prefetch(const Item& item) const {
 
 // Takes the gradient's address; false where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {
-  const Item& item = items_[i];
+  Item& item = items_[i];
   Tensor& tensor = tensors_[i];
   static PyObject* const grad_name = PyUnicode_InternFromString("grad");
   auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_name));
   if (!grad) throw py::error_already_set();
-  if (tensor.active == grad.is_none()) {
-    tensor.active = !tensor.active;
+  if (item.has_grad == grad.is_none()) {
+    item.has_grad = !item.has_grad;
     schedule_.reset();
   }
-  if (!tensor.active) return true;
+  if (!item.has_grad) return true;
   dlpack::Tensor found;
   const int64_t* shape = sizes_.data() + item.sizes_end - 3 * item.ndim;
   if (!item.updated || Py_TYPE(grad.ptr()) != item.grad_type || !read(grad.ptr(), found) ||
-      !is_dtype(found, item.grad_dtype) ||
+      !is_a(found, item.grad_dtype, item.device) ||
       !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim) ||
       (item.maybe_negated && is_negated(grad)))
     return false;
@@ -317,17 +313,20 @@ bool Plan::refresh(int threads) {
   if (!read_tensor || !groups_hold() || !state_holds() || !states_hold(threads)) return false;
   for (size_t i = 0; i < items_.size(); ++i) {
     if (i + kAhead < items_.size()) prefetch(items_[i + kAhead]);
-    if (!find_grad(i) || (tensors_[i].active && !item_holds(i))) return false;
+    if (!find_grad(i) || (items_[i].has_grad && !item_holds(i))) return false;
   }
   if (!schedule_) schedule();
   return true;
 }
 
 void Plan::schedule() {
-  schedule_.emplace(tensors_);
   active_params_ = py::list();
-  for (size_t i = 0; i < items_.size(); ++i)
-    if (tensors_[i].active) active_params_.append(py::handle(items_[i].param));
+  for (size_t i = 0; i < items_.size(); ++i) {
+    tensors_[i].active = items_[i].has_grad && items_[i].part == 0;
+    if (items_[i].has_grad) active_params_.append(py::handle(items_[i].param));
+  }
+  schedule_.emplace(tensors_);
+  ++pattern_;
 }
 
 int Plan::cohort_of(const Item& item) {
@@ -346,8 +345,29 @@ const std::vector<Plan::Cohort>& Plan::cohorts() {
   cohorts_.clear();
   std::fill(last_cohort_.begin(), last_cohort_.end(), -1);
   for (size_t i = 0; i < items_.size(); ++i)
-    if (tensors_[i].active) tensors_[i].scalars = cohort_of(items_[i]);
+    if (items_[i].has_grad && items_[i].scalars_here) tensors_[i].scalars = cohort_of(items_[i]);
   return cohorts_;
+}
+
+template <class F>
+py::bytes Plan::words_of(int part, const F& word) const {
+  std::string words;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!items_[i].updated || items_[i].part != part) continue;
+    const int64_t w = word(i);
+    words.append(reinterpret_cast<const char*>(&w), sizeof w);
+  }
+  return words;
+}
+
+py::bytes Plan::grads(int part) const {
+  return words_of(part, [this](size_t i) {
+    return items_[i].has_grad ? reinterpret_cast<int64_t>(tensors_[i].operands[1].data) : kNoGrad;
+  });
+}
+
+py::bytes Plan::scalars_of(int part) const {
+  return words_of(part, [this](size_t i) { return int64_t{tensors_[i].scalars}; });
 }
 
 double Plan::sum_of_squares(int threads) const {
@@ -367,7 +387,7 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
   }
   grads_.clear();
   for (size_t i = 0; i < items_.size(); ++i) {
-    if (!tensors_[i].active) continue;
+    if (!items_[i].has_grad) continue;
     if (items_[i].step) *items_[i].step += 1;
     items_[i].fresh = false;
   }

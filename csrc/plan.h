@@ -46,9 +46,9 @@ class Plan {
   using Cohort = std::pair<int, double>;
 
   // groups and state are the optimizer's own. Each item stands for a parameter, in the order of the
-  // groups: (group index, parameter, what Item.for_native of fastopt/plan.py makes of it or None).
-  // None is for a parameter that this plan does not update, because it has neither gradient nor
-  // states or belongs to another backend.
+  // groups: (group index, parameter, a Watched of fastopt/plan.py or None). None is for a parameter
+  // that this plan does not watch, because it has neither gradient nor states or belongs to the
+  // reference backend.
   Plan(py::list groups, py::dict state, const py::list& items);
   ~Plan();
   Plan(const Plan&) = delete;
@@ -61,12 +61,20 @@ class Plan {
   // What this step consists of: one row of scalars is wanted for each.
   const std::vector<Cohort>& cohorts();
 
+  // Changes when another set of parameters has gradients.
+  int64_t pattern() const { return pattern_; }
+
+  // For each parameter of a part other than 0, which is updated elsewhere, an int64: the address of
+  // its gradient or kNoGrad; its place among the cohorts.
+  py::bytes grads(int part) const;
+  py::bytes scalars_of(int part) const;
+
   // The parameters that have a gradient.
   py::list active_params() const { return active_params_; }
 
   double sum_of_squares(int threads) const;
 
-  // Updates these parameters and counts their steps. scalars has one row for each cohort.
+  // Updates those of part 0, and counts the steps of all cohorts. scalars has a row for each.
   void update(const std::vector<std::vector<double>>& scalars, int threads);
 
  private:
@@ -85,7 +93,11 @@ class Plan {
     PyObject* param;
     PyTypeObject* grad_type;
     PyObject* state;  // null where the rule has none
-    bool updated;     // by this plan, once there is a gradient
+    bool updated;  // once there is a gradient
+    bool has_grad;
+    bool scalars_here;  // its step is counted here, and it belongs to a cohort
+    int part;
+    dlpack::Device device;
     const void* data;
     int32_t ndim;
     DType dtype, grad_dtype;
@@ -98,6 +110,10 @@ class Plan {
     const int64_t* shape_seen;      // where the parameter's shape was last time
   };
 
+  static constexpr int64_t kNoGrad = -1;  // as in kernels/multi_tensor.py
+
+  template <class F>
+  py::bytes words_of(int part, const F& word) const;
   void watch(py::handle tensor);
   bool stays(const Watched& watched) const;
   void prefetch(const Item& item) const;
@@ -123,6 +139,7 @@ class Plan {
   std::vector<int64_t> watched_sizes_;
 
   std::vector<Tensor> tensors_;  // one for each item
+  int64_t pattern_ = 0;
   std::vector<Cohort> cohorts_;
   std::vector<int> last_cohort_;  // of each group
   std::optional<Schedule> schedule_;

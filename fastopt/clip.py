@@ -1,19 +1,22 @@
 """Gradient clipping with torch's signatures: `torch.nn.utils.clip_grad_norm_` and its relatives.
 
 An optimizer's ``max_norm`` and ``clip_value`` do the same within the step, without writing the
-gradients; these functions are for clipping apart from it.
+gradients; these functions are for clipping apart from it. They do not wait for a GPU, except to
+raise where the norm is not finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .plan import clip_coef, describe, norm_options
+from .plan import describe, norm_options
+from .scalars import clip_coef
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -34,35 +37,17 @@ def get_total_norm(
 
     Returns:
         0-dim, fp32 (fp64 where a tensor is), on the first tensor's device. The sum is in fp64, in
-        an order that does not depend on the number of threads.
+        an order that depends on nothing but the tensors' sizes.
 
     Raises:
         ValueError: ``norm_type`` is not positive.
         RuntimeError: the norm is not finite, or a tensor is sparse, complex, ...
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    order = float(norm_type)
-    if not order > 0:
-        raise ValueError(f"norm_type must be positive, not {norm_type}")
     for i, tensor in enumerate(tensors):
         dispatch.check_dense(tensor, f"tensor {i}, of shape {tuple(tensor.shape)},")
-    native, others = _by_backend(tensors)
-    totals = []
-    if others:
-        totals.append(float(reference.power_sum(others, order)))
-    if extension := dispatch.extension():
-        descriptions = [describe(tensor) for tensor in native]
-        totals.append(extension.power_sum(descriptions, order, torch.get_num_threads()))
-    if order == math.inf:
-        norm = max(totals, key=lambda total: (math.isnan(total), total), default=0.0)
-    else:
-        norm = sum(totals) ** (1 / order)
-    if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(
-            f"the total norm of order {norm_type} is {norm}, so the gradients cannot be clipped: "
-            "pass error_if_nonfinite=False to clip all the same"
-        )
-    return torch.tensor(norm, **norm_options(tensors))
+    norm = _total_norm(_by_backend(tensors), norm_type, error_if_nonfinite)
+    return norm.to(**norm_options(tensors))
 
 
 def clip_grad_norm_(
@@ -84,11 +69,12 @@ def clip_grad_norm_(
     Returns, raises, and the other arguments: see `get_total_norm`.
     """
     grads = _grads(parameters)
-    norm = get_total_norm(grads, norm_type, error_if_nonfinite)
-    coef = clip_coef(float(norm), float(max_norm))
-    if coef != 1.0:
-        _scale_and_clamp(grads, coef, math.inf)
-    return norm
+    backends = _by_backend(grads)
+    norm = _total_norm(backends, norm_type, error_if_nonfinite)
+    _check_writable(grads)
+    for backend in backends:
+        backend.clip(norm, float(max_norm))
+    return norm.to(**norm_options(grads))
 
 
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
@@ -99,7 +85,139 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     Raises:
         RuntimeError: a gradient is sparse, complex, ...
     """
-    _scale_and_clamp(_grads(parameters), 1.0, float(clip_value))
+    grads = _grads(parameters)
+    _check_writable(grads)
+    for backend in _by_backend(grads):
+        backend.clamp(float(clip_value))
+
+
+class _Reference:
+    """What is done to gradients of one device, with torch operators."""
+
+    def __init__(self, grads: list[Tensor]) -> None:
+        self.grads = grads
+
+    def power_sum(self, order: float) -> Tensor:
+        """As `reference.power_sum`."""
+        return reference.power_sum(self.grads, order)
+
+    @torch.no_grad()
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Brings a norm, in double, down to ``max_norm``."""
+        norm = norm.to(self.grads[0].device, non_blocking=True)
+        coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if max_norm != math.inf:
+            for grad in self.grads:
+                grad.mul_(coef)
+
+    @torch.no_grad()
+    def clamp(self, clip_value: float) -> None:
+        for grad in self.grads:
+            grad.clamp_(-clip_value, clip_value)
+
+
+class _Cpp(_Reference):
+    """With the compiled extension."""
+
+    def __init__(self, grads: list[Tensor]) -> None:
+        super().__init__(grads)
+        self.descriptions = [describe(grad) for grad in grads]
+        self.extension = dispatch.extension()
+
+    def power_sum(self, order: float) -> Tensor:
+        assert self.extension is not None
+        total = self.extension.power_sum(self.descriptions, order, torch.get_num_threads())
+        return torch.tensor(total, dtype=torch.float64)
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        coef = clip_coef(float(norm), max_norm)
+        if coef != 1.0:
+            self._scale_and_clamp(coef, math.inf)
+
+    def clamp(self, clip_value: float) -> None:
+        self._scale_and_clamp(1.0, clip_value)
+
+    def _scale_and_clamp(self, coef: float, clip_value: float) -> None:
+        assert self.extension is not None
+        threads = torch.get_num_threads()
+        self.extension.scale_and_clamp(self.descriptions, coef, clip_value, threads)
+        torch.autograd.graph.increment_version(self.grads)
+
+
+class _Triton(_Reference):
+    """With the Triton kernels: a step of the rule that assigns gradients to themselves."""
+
+    def __init__(self, grads: list[Tensor]) -> None:
+        super().__init__(grads)
+        self.kernels = dispatch.triton_kernels()
+        assert self.kernels is not None
+        grads = [grad.detach() for grad in grads]
+        targets = [self.kernels.Target(grad, grad) for grad in grads]
+        self.tensors = self.kernels.MultiTensor("assign", 0, targets)
+        self._begin(math.inf, math.inf)
+
+    def _begin(self, clip_value: float, max_norm: float) -> None:
+        self.tensors.begin(
+            pattern="all",
+            grads=array("q", [grad.data_ptr() for grad in self.grads]).tobytes(),
+            odd_grads=[self.grads[i] for i in self.tensors.odd],
+            rows=array("d", (1.0, clip_value, 1.0, max_norm)).tobytes(),
+            row_of=array("q", [0] * len(self.grads)).tobytes(),
+        )
+
+    def power_sum(self, order: float) -> Tensor:
+        if order not in (1, 2, math.inf):
+            return super().power_sum(order)
+        assert self.kernels is not None
+        total: Tensor = self.kernels.total(self.tensors.norm_partials(order), order)
+        return total
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        self._begin(math.inf, max_norm)
+        square = norm.to(self.tensors.device, non_blocking=True).square()
+        self._update(square.view(1))
+
+    def clamp(self, clip_value: float) -> None:
+        self._begin(clip_value, math.inf)
+        self._update()
+
+    def _update(self, partials: Tensor | None = None) -> None:
+        self.tensors.update(partials)
+        torch.autograd.graph.increment_version(self.grads)
+
+
+_BACKENDS = {"cpp": _Cpp, "triton": _Triton, "reference": _Reference}
+
+
+def _by_backend(grads: list[Tensor]) -> list[_Reference]:
+    """By the backend that takes them, and the device."""
+    groups: dict[tuple[str, torch.device], list[Tensor]] = {}
+    for grad in grads:
+        backend = dispatch.backend_for([grad], dispatch.resolve("auto"), "a gradient")
+        groups.setdefault((backend, grad.device), []).append(grad)
+    return [_BACKENDS[backend](members) for (backend, _), members in groups.items()]
+
+
+def _total_norm(
+    backends: Sequence[_Reference], norm_type: float, error_if_nonfinite: bool
+) -> Tensor:
+    """In double, 0-dim, on the first one's device."""
+    order = float(norm_type)
+    if not order > 0:
+        raise ValueError(f"norm_type must be positive, not {norm_type}")
+    sums = [backend.power_sum(order) for backend in backends]
+    sums = sums or [torch.zeros((), dtype=torch.float64)]
+    total = torch.stack([s.to(sums[0].device, non_blocking=True) for s in sums])
+    if order == math.inf:
+        norm = total.amax()  # NaN wins
+    else:
+        norm = reference.sqrt(total.sum()) if order == 2 else total.sum() ** (1 / order)
+    if error_if_nonfinite and not norm.isfinite():
+        raise RuntimeError(
+            f"the total norm of order {norm_type} is {norm.item()}, so the gradients cannot be "
+            "clipped: pass error_if_nonfinite=False to clip all the same"
+        )
+    return norm
 
 
 def _grads(parameters: Tensors) -> list[Tensor]:
@@ -110,28 +228,10 @@ def _grads(parameters: Tensors) -> list[Tensor]:
     return grads
 
 
-def _by_backend(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that the C++ kernels take, and the others."""
-    native: list[Tensor] = []
-    others: list[Tensor] = []
-    for tensor in tensors:
-        backend = dispatch.backend_for([tensor], dispatch.resolve("auto"), "a gradient")
-        (native if backend == "cpp" else others).append(tensor)
-    return native, others
-
-
-@torch.no_grad()
-def _scale_and_clamp(grads: list[Tensor], coef: float, clip_value: float) -> None:
+def _check_writable(grads: list[Tensor]) -> None:
     for i, grad in enumerate(grads):
         if dispatch.overlaps_itself(grad):
             raise RuntimeError(
                 f"gradient {i}, of shape {tuple(grad.shape)}, has several elements in one place of "
                 "memory (an expanded tensor?) and cannot be clipped in place: clone it"
             )
-    native, others = _by_backend(grads)
-    if extension := dispatch.extension():
-        descriptions = [describe(grad) for grad in native]
-        extension.scale_and_clamp(descriptions, coef, clip_value, torch.get_num_threads())
-        torch.autograd.graph.increment_version(native)
-    for grad in others:
-        grad.mul_(coef).clamp_(-clip_value, clip_value)

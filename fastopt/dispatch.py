@@ -19,7 +19,7 @@ from .rules import RULES
 # In the order of DType in csrc/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("triton", "cpp", "reference")
 
 
 class Backend(NamedTuple):
@@ -84,10 +84,34 @@ def extension() -> ModuleType | None:
     return _load()[0]
 
 
+@functools.cache
+def _load_triton() -> tuple[ModuleType | None, str]:
+    """``fastopt.kernels.multi_tensor``, or None and the reason."""
+    if extension() is None:  # which plans the steps of all backends
+        return None, _load()[1]
+    try:
+        import triton
+
+        from .kernels import multi_tensor
+    except ImportError as error:
+        return None, f"triton 3.6 or later cannot be imported ({error}): pip install 'triton>=3.6'"
+    if multi_tensor.INTERPRETED:
+        return multi_tensor, f"CPU tensors too, interpreted; triton {triton.__version__}"
+    if not torch.cuda.is_available():
+        return None, "there is no GPU here, and TRITON_INTERPRET=1 is not set, to do without one"
+    return multi_tensor, f"{torch.cuda.get_device_name()}; triton {triton.__version__}"
+
+
+def triton_kernels() -> ModuleType | None:
+    """The Triton backend, None where it does not work."""
+    return _load_triton()[0]
+
+
 def backends() -> dict[str, Backend]:
     """What works here: for each backend, whether it is available, and with what or why not."""
     module, reason = _load()
     return {
+        "triton": Backend(triton_kernels() is not None, _load_triton()[1]),
         "cpp": Backend(True, f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads")
         if module
         else Backend(False, reason),
@@ -121,22 +145,33 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
     Raises:
         RuntimeError: ``backend`` was asked for and cannot take these tensors.
     """
-    obstacle = _cpp_obstacle(tensors)
-    if backend == "cpp" and obstacle:
-        raise RuntimeError(f"{where} {obstacle}, which backend='cpp' cannot update: use 'auto'")
-    if backend == "reference" or obstacle:
+    if backend == "reference":
+        return backend
+    kind = tensors[0].device.type
+    wanted = backend if backend != "auto" else {"cuda": "triton", "cpu": "cpp"}.get(kind)
+    if obstacle := _obstacle(tensors, wanted):
+        if backend != "auto":
+            raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
         return "reference"
-    if extension() is None:
-        _warn_once(_load()[1])
-        return "reference"
-    return "cpp"
+    if wanted is None:
+        reason = "it has no kernels for that device"
+    elif (found := backends()[wanted]).available:
+        return wanted
+    else:
+        reason = found.detail
+    _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
+    return "reference"
 
 
-def _cpp_obstacle(tensors: list[Tensor]) -> str:
-    """Why the C++ kernels, which need plain memory, cannot take these tensors; "" if they can."""
+def _obstacle(tensors: list[Tensor], backend: str | None) -> str:
+    """Why a backend's kernels, which need plain memory, cannot take these tensors, or ""."""
     for tensor in tensors:
-        if tensor.device.type != "cpu":
+        if backend == "cpp" and tensor.device.type != "cpu":
             return f"is on {tensor.device}"
+        if backend == "triton" and tensor.device.type != "cuda":
+            kernels = triton_kernels()
+            if tensor.device.type != "cpu" or (kernels and not kernels.INTERPRETED):
+                return f"is on {tensor.device}"
         if _is_wrapper(tensor):
             return f"is a {type(tensor).__name__}"
         if tensor.is_neg():
@@ -145,10 +180,8 @@ def _cpp_obstacle(tensors: list[Tensor]) -> str:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"fastopt steps CPU parameters with its slow reference backend: {reason}", stacklevel=2
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
@@ -235,6 +268,8 @@ def check_step(step: object, where: object) -> None:
         RuntimeError: as in `check_dense`.
     """
     if isinstance(step, Tensor) and step.numel() == 1:
+        if step.device.type != "cpu":
+            return  # not worth waiting for
         step = step.item()
     if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
         raise RuntimeError(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .clip import get_total_norm
 from .plan import Plan, new_states
 from .rules import RULES, Group, Rule
+from .scalars import Scaling
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -28,14 +30,16 @@ class Optimizer(torch.optim.Optimizer):
         lr, ...: as in the torch class of the same name; tensors are read at each step.
         maximize: step up the gradient instead of down.
         foreach, fused: accepted for torch's sake; every step here is fused.
-        capturable: must be False; CUDA graphs are not supported yet.
+        capturable: let the GPU count the steps and compute the scalars, so that a step can be part
+            of a CUDA graph; a ``lr`` that changes must then be a tensor on the GPU. There, states
+            have a ``step`` on the GPU in any rule. Does nothing for parameters on the CPU.
         differentiable: must be False.
         max_norm: clip the gradients by their global 2-norm over all parameters of the optimizer, as
             `torch.nn.utils.clip_grad_norm_` before the step would, but without writing to them.
             `math.inf` only measures; None, the default, does neither. A group may have its own
             ``max_norm``, but the norm is always that of all groups.
         clip_value: clamp every element of the gradients to ±clip_value, after ``max_norm``.
-        backend: "auto", "cpp" or "reference"; "auto" follows the environment variable
+        backend: "auto", "triton", "cpp" or "reference"; "auto" follows the environment variable
             ``FASTOPT_BACKEND`` where it is set, and else takes the fastest for each parameter.
 
     Attributes:
@@ -44,7 +48,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Raises:
         ValueError: a setting is out of range or not finite, or there is no such backend.
-        NotImplementedError: ``differentiable`` or ``capturable`` is True.
+        NotImplementedError: ``differentiable`` is True.
         RuntimeError: the backend does not work here.
     """
 
@@ -53,10 +57,12 @@ class Optimizer(torch.optim.Optimizer):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     grad_norm: Tensor | None = None
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to `step`
     _plan: Plan | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
+        self._captured: list[Plan] = []  # whose memory CUDA graphs use
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,12 +80,23 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not (scaling := Scaling.of(self)).on_device and scaling.skips:
+            self._measure(scaling.inv_scale)
+            return loss
         plan = self._plan
         if plan is None or not plan.holds(self):
             plan = Plan(self)
         plan.run(self)
         self._plan = plan if plan.reusable else None
         return loss
+
+    def _measure(self, inv_scale: float) -> None:
+        """Sets `grad_norm` for a step that is skipped."""
+        self.grad_norm = None
+        if any(group["max_norm"] is not None for group in self.param_groups):
+            params = [param for group in self.param_groups for param in group["params"]]
+            grads = [param.grad for param in params if param.grad is not None]
+            self.grad_norm = get_total_norm(grads) * inv_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch.
@@ -115,6 +132,7 @@ class Optimizer(torch.optim.Optimizer):
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
         self._plan = None
+        self._captured = getattr(self, "_captured", [])
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -202,10 +220,6 @@ def _check_settings(group: Group) -> None:
             "differentiable=True is not supported: autograd cannot see through a fused step; "
             "use the torch.optim class of the same name"
         )
-    if group.get("capturable"):
-        raise NotImplementedError(
-            "capturable=True is not supported yet: leave it False and step outside of CUDA graphs"
-        )
     if group.get("foreach") and group.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
@@ -238,6 +252,7 @@ class SGD(Optimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
@@ -267,6 +282,7 @@ class Adagrad(Optimizer):
         foreach: bool | None = None,
         *,
         maximize: bool = False,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
 from .rules import Group, Rule
+from .scalars import Rows, Scaling, scalars_on_device
 
 if TYPE_CHECKING:
     from ._C import Description
@@ -27,12 +29,31 @@ def describe(tensor: Tensor) -> Description:
     )
 
 
-def clip_coef(norm: float, max_norm: float) -> float:
-    """The factor that brings a norm down to ``max_norm``, as in torch's ``clip_grad_norm_``."""
-    if max_norm == math.inf:
-        return 1.0  # whatever the norm
-    coef = max_norm / (norm + 1e-6)
-    return 1.0 if coef > 1.0 else coef  # NaN stays
+class Watched(NamedTuple):
+    """What csrc/plan.cpp has to know of a parameter.
+
+    Args:
+        grad: None where there is none now.
+        grad_type: the gradient's Python type.
+        state: the optimizer's for this parameter, None where it is empty.
+        rule: index into Rules of csrc/rules.h.
+        operands: descriptions of parameter, gradient and states.
+        states: those that the rule updates.
+        fresh: there is no step to count, and the states are made in this step.
+        part: 0: updated by the C++ kernels; else by this one of `Plan.parts`, counted from 1.
+        scalars_here: the plan counts the step and computes the scalars, not the device.
+    """
+
+    grad: Tensor | None
+    grad_type: type
+    state: dict[str, Any] | None
+    rule: int
+    operands: list[Description]
+    states: list[Tensor]
+    step: Tensor | None
+    fresh: bool
+    part: int
+    scalars_here: bool
 
 
 @dataclass
@@ -54,23 +75,71 @@ class Item:
     states: dict[str, Tensor]
     fresh: bool = False
 
-    def for_native(self, rule: Rule) -> tuple[Any, ...]:
-        """As the constructor of Plan in csrc/plan.h takes it."""
+    def watched(self, rule: Rule, part: int, scalars_here: bool) -> Watched:
         extension = dispatch.extension()
         assert extension is not None
         grad = self.param if self.grad is None else self.grad
-        step = self.state["step"] if rule.counts_steps else None
-        return (
-            torch.empty(0) if self.grad is None else self.grad,
-            self.grad is not None,
-            self.state if self.state else None,
-            extension.rule_index(rule.name, " ".join(self.states)),
-            [describe(tensor) for tensor in (self.param, grad, *self.states.values())],
-            list(self.states.values()),
-            step,
-            None if step is None else describe(step),
-            self.fresh,
+        return Watched(
+            grad=self.grad,
+            grad_type=Tensor if self.grad is None else type(self.grad),
+            state=self.state or None,
+            rule=extension.rule_index(rule.name, " ".join(self.states)),
+            operands=[describe(tensor) for tensor in (self.param, grad, *self.states.values())],
+            states=list(self.states.values()),
+            step=self.state.get("step"),
+            fresh=self.fresh,
+            part=part,
+            scalars_here=scalars_here,
         )
+
+    def target(self, rule: Rule, scalars_here: bool) -> Any:
+        """As the Triton kernels take it."""
+        kernels = dispatch.triton_kernels()
+        assert kernels is not None
+        return kernels.Target(
+            param=self.param,
+            grad=self.param if self.grad is None else self.grad,
+            states=list(self.states.values()),
+            gap=rule.gap(tuple(self.states)),
+            group=self.group,
+            step=None if scalars_here else self.state.get("step"),
+        )
+
+
+class Part:
+    """The parameters on one device that the Triton backend updates."""
+
+    def __init__(self, number: int, rule: Rule, items: list[Item], on_device: bool) -> None:
+        kernels = dispatch.triton_kernels()
+        assert kernels is not None
+        self.number = number
+        self.items = items
+        self.device = items[0].param.device
+        self.kernels = kernels
+        targets = [item.target(rule, not on_device) for item in items]
+        self.tensors = kernels.MultiTensor(rule.name, len(rule.scalar_names), targets, on_device)
+
+    def begin(self, native: Any, rows: Rows, cohorts: list[tuple[int, float]]) -> None:
+        if self.tensors.on_device:
+            table, scalars_of = rows.settings(self.device, self.kernels.address_of), None
+        else:
+            words = array("d")
+            for group, step in cohorts:
+                words.extend(rows.table(group, step))
+            table, scalars_of = words.tobytes(), native.scalars_of(self.number)
+        if self.is_captured() and not self.tensors.on_device:
+            raise RuntimeError(
+                "a step that becomes part of a CUDA graph needs capturable=True, so that the GPU "
+                "computes its scalars at each replay"
+            )
+        odd_grads = [self.items[i].param.grad for i in self.tensors.odd]
+        self.tensors.begin(
+            native.pattern(), native.grads(self.number), odd_grads, table, scalars_of
+        )
+
+    def is_captured(self) -> bool:
+        """Whether what is done now becomes part of a CUDA graph."""
+        return bool(self.kernels.capturing(self.device))
 
 
 class Plan:
@@ -89,10 +158,12 @@ class Plan:
         self.state = optimizer.state
         self.names = [self.rule.states(group) for group in optimizer.param_groups]
         self.backend = optimizer.backend
+        self.on_device = scalars_on_device(optimizer)
         # All that may raise comes before the states are made: they would pass for old ones later.
-        rows = _Rows(self.rule, optimizer.param_groups, norm=0.0)
-        for g in range(len(optimizer.param_groups)):
-            rows.native(g, step=1.0)
+        rows = Rows(self.rule, optimizer.param_groups)
+        if not self.on_device:
+            for g in range(len(optimizer.param_groups)):
+                rows.table(g, step=1.0)
         params = [
             (g, param, _item(optimizer, _Place(group, g, i), param, self.names[g]))
             for g, group in enumerate(optimizer.param_groups)
@@ -100,11 +171,22 @@ class Plan:
         ]
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
-        _make_states(optimizer, items, self.names)
+        _make_states(optimizer, items, self.names, self.on_device)
         self.others = [
             item for item in items if item.backend == "reference" and item.grad is not None
         ]
-        self.native = None
+        by_device: dict[torch.device, list[Item]] = {}
+        for item in items:
+            if item.backend == "triton":
+                by_device.setdefault(item.param.device, []).append(item)
+        self.parts = [
+            Part(number, self.rule, members, self.on_device)
+            for number, members in enumerate(by_device.values(), start=1)
+        ]
+        part_of = {id(item): part.number for part in self.parts for item in part.items}
+        #: Whether anything is updated outside of `parts`.
+        self.on_host = any(id(item) not in part_of for item in items) or not self.parts
+        self.native: Any = None  # there if `parts` are
         if extension := dispatch.extension():
             self.native = extension.Plan(
                 optimizer.param_groups,
@@ -113,7 +195,13 @@ class Plan:
                     (
                         g,
                         param,
-                        item.for_native(self.rule) if item and item.backend == "cpp" else None,
+                        item.watched(
+                            self.rule,
+                            part_of.get(id(item), 0),
+                            scalars_here=not (self.on_device and id(item) in part_of),
+                        )
+                        if item and item.backend != "reference"
+                        else None,
                     )
                     for g, param, item in params
                 ],
@@ -132,6 +220,7 @@ class Plan:
             and self.backend == optimizer.backend
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
+            and self.on_device == scalars_on_device(optimizer)
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
             and self.native.refresh(torch.get_num_threads())
         )
@@ -139,85 +228,97 @@ class Plan:
     def run(self, optimizer: Optimizer) -> None:
         """Makes the step, and sets ``optimizer.grad_norm``."""
         groups = optimizer.param_groups
-        threads = torch.get_num_threads()
-        norm = None
-        if any(group["max_norm"] is not None for group in groups):
-            norm = math.sqrt(self._sum_of_squares(threads))
-        rows = _Rows(self.rule, groups, norm)
-        if self.native is not None:
-            cohorts = self.native.cohorts()
-            native_rows = [rows.native(group, step) for group, step in cohorts]
+        scaling = Scaling.of(optimizer)
+        # Where the host would have to wait for it, the parts see to the scaling themselves.
+        reads_scaling = self.on_host or not self.on_device
+        rows = Rows(self.rule, groups, scaling.inv_scale if reads_scaling else 1.0)
+        # All that may raise comes before any change.
+        cohorts = [] if self.native is None else self.native.cohorts()
+        for cohort in cohorts:
+            rows.table(*cohort)
         for item in self.others:
-            rows.native(item.group, self._next_step(item))  # raises, if at all, before any change
+            rows.table(item.group, self._next_step(item))
+        for part in self.parts:
+            part.begin(self.native, rows, cohorts)
+            if part.is_captured():
+                optimizer._captured.append(self)
+
+        norm = None
+        partials: list[Any] = [None] * len(self.parts)
+        optimizer.grad_norm = None
+        if any(group["max_norm"] is not None for group in groups):
+            partials = self._partials()
+            if self.on_host:
+                norm = self._norm(partials) * rows.inv_scale
+                optimizer.grad_norm = torch.tensor(norm, **self.norm_options)
+            if not self.on_device and rows.inv_scale != 1.0:
+                partials = [p * rows.inv_scale**2 for p in partials]
+        for part, of_norm in zip(self.parts, partials, strict=True):
+            scale_there = scaling.to(part.device) if self.on_device else ()
+            found = part.tensors.update(of_norm, self.norm_options["dtype"], *scale_there)
+            if optimizer.grad_norm is None or part.device == self.norm_options["device"]:
+                optimizer.grad_norm = found
         if self.native is not None:
-            self.native.update(native_rows, threads)
             # Autograd does not see writes through an address.
             torch.autograd.graph.increment_version(self.native.active_params())
+        if not self.on_host:
+            self.native.update([], 1)  # only counts
+        elif not scaling.skips:
+            self._update_on_host(rows, cohorts, norm)
+
+    def _update_on_host(
+        self, rows: Rows, cohorts: list[tuple[int, float]], norm: float | None
+    ) -> None:
+        if self.native is not None:
+            native_rows = [
+                (*rows.driver(group, norm), *rows.scalars(group, step)) for group, step in cohorts
+            ]
+            self.native.update(native_rows, torch.get_num_threads())
         for item in self.others:
-            self._update_with_reference(item, rows)
-        optimizer.grad_norm = None if norm is None else torch.tensor(norm, **self.norm_options)
+            step = self._next_step(item)
+            assert item.grad is not None
+            reference.update_(
+                self.rule.update,
+                item.param,
+                item.grad,
+                item.states,
+                rows.scalars(item.group, step),
+                *rows.driver(item.group, norm),
+            )
+            if "step" in item.state:
+                item.state["step"] += 1
 
     def _next_step(self, item: Item) -> float:
-        if self.rule.counts_steps:
+        if "step" in item.state:
             return float(item.state["step"]) + 1
         return 1.0 if item.fresh else 2.0
 
-    def _update_with_reference(self, item: Item, rows: _Rows) -> None:
-        if item.grad is None:
-            return
-        reference.update_(
-            self.rule.update,
-            item.param,
-            item.grad,
-            item.states,
-            rows.rule_scalars(item.group, self._next_step(item)),
-            *rows.driver(item.group),
-        )
-        if self.rule.counts_steps:
-            item.state["step"] += 1
+    def _partials(self) -> list[Any]:
+        """For each part, on its device: numbers that add up to the sum of all squares."""
+        partials = [part.tensors.norm_partials() for part in self.parts]
+        if len(partials) == 1 and not self.on_host:
+            return partials
+        totals = [part.kernels.total(p) for part, p in zip(self.parts, partials, strict=True)]
+        if self.on_host:
+            totals.append(torch.tensor(self._sum_of_squares_on_host(), dtype=torch.float64))
+        return [
+            torch.stack([total.to(part.device, non_blocking=True) for total in totals])
+            for part in self.parts
+        ]
 
-    def _sum_of_squares(self, threads: int) -> float:
+    def _norm(self, partials: list[Any]) -> float:
+        """The norm for what is updated on the host, which has to wait for the other parts."""
+        if not self.parts:
+            return math.sqrt(self._sum_of_squares_on_host())
+        return math.sqrt(float(self.parts[0].kernels.total(partials[0])))
+
+    def _sum_of_squares_on_host(self) -> float:
         total = 0.0
         if self.native is not None:
-            total += self.native.sum_of_squares(threads)
+            total += self.native.sum_of_squares(torch.get_num_threads())
         if grads := [item.grad for item in self.others if item.grad is not None]:
             total += float(reference.power_sum(grads, 2))
         return total
-
-
-class _Rows:
-    """The scalars of one step: computed once for all param groups of equal settings."""
-
-    def __init__(self, rule: Rule, groups: list[Group], norm: float | None) -> None:
-        self.rule = rule
-        self.groups = groups
-        self.norm = norm
-        self.hyperparameters = [rule.hyperparameters(group) for group in groups]
-        self.known: dict[tuple[Any, float], tuple[float, ...]] = {}
-
-    def driver(self, group: int) -> tuple[float, float]:
-        """The gradient's factor and the bound of its elements."""
-        settings = self.groups[group]
-        coef = -1.0 if settings["maximize"] else 1.0
-        max_norm, clip_value = settings["max_norm"], settings["clip_value"]
-        if max_norm is not None and self.norm is not None:
-            if not max_norm >= 0:
-                raise ValueError(f"Invalid max_norm in param group {group}: {max_norm}")
-            coef *= clip_coef(self.norm, max_norm)
-        if clip_value is None:
-            return coef, math.inf
-        if not clip_value >= 0:
-            raise ValueError(f"Invalid clip_value in param group {group}: {clip_value}")
-        return coef, clip_value
-
-    def rule_scalars(self, group: int, step: float) -> tuple[float, ...]:
-        key = (self.hyperparameters[group], step)
-        if key not in self.known:
-            self.known[key] = self.rule.scalars_of(*key)
-        return self.known[key]
-
-    def native(self, group: int, step: float) -> tuple[float, ...]:
-        return self.driver(group) + self.rule_scalars(group, step)
 
 
 def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
@@ -269,14 +370,24 @@ def _item(
     return Item(place.group_index, param, grad, backend, state, states)
 
 
-def _make_states(optimizer: Optimizer, items: list[Item], names: list[tuple[str, ...]]) -> None:
+def _make_states(
+    optimizer: Optimizer, items: list[Item], names: list[tuple[str, ...]], on_device: bool
+) -> None:
     """Gives every item the states that it lacks."""
     rule, groups = optimizer.rule, optimizer.param_groups
     # All memory first, so that nothing has changed where there is not enough of it.
-    made = [
-        new_states(rule, groups[item.group], item.param, item.state, names[item.group])
-        for item in items
-    ]
+    made = []
+    for item in items:
+        step_on = item.param.device if on_device and item.backend == "triton" else None
+        new = new_states(
+            rule, groups[item.group], item.param, item.state, names[item.group], step_on
+        )
+        if new and item.param.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the states of a parameter would be made within a CUDA graph, and made again at "
+                "each replay: make one step before the capture"
+            )
+        made.append(new)
     for item, new in zip(items, made, strict=True):
         if new:
             item.state = optimizer.state.setdefault(item.param, {})
@@ -289,22 +400,33 @@ def _make_states(optimizer: Optimizer, items: list[Item], names: list[tuple[str,
 
 
 def new_states(
-    rule: Rule, group: Group, param: Tensor, state: dict[str, Any], names: tuple[str, ...]
+    rule: Rule,
+    group: Group,
+    param: Tensor,
+    state: dict[str, Any],
+    names: tuple[str, ...],
+    step_on: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """The states called ``names``, and ``step``, that a parameter's ``state`` lacks."""
+    """The states called ``names``, and ``step``, that a parameter's ``state`` lacks.
+
+    Args:
+        step_on: where the step must be, for a rule that has no use for it on the host too.
+    """
+    missing = [name for name in names if state.get(name) is None]
     new = {}
-    if rule.counts_steps:
-        step = state.get("step", 0.0)
-        # A number in old checkpoints; on the parameter's device, or fp64, in some of torch's.
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
-            new["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    for name in names:
-        if state.get(name) is None:
-            new[name] = torch.full_like(
-                param,
-                rule.initial(group),
-                dtype=reference.arithmetic_dtype(param),
-                memory_format=torch.preserve_format,
-                requires_grad=False,
-            )
+    if rule.counts_steps or (names and (step_on is not None or "step" in state)):
+        # Without a step, a rule that does not count has made the first one with its states.
+        step = state.get("step", 0.0 if rule.counts_steps or missing else 1.0)
+        device = step_on or torch.device("cpu")
+        # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
+        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
+            new["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+    for name in missing:
+        new[name] = torch.full_like(
+            param,
+            rule.initial(group),
+            dtype=reference.arithmetic_dtype(param),
+            memory_format=torch.preserve_format,
+            requires_grad=False,
+        )
     return new

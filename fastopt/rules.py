@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -135,6 +135,15 @@ class Rule:
         """A param group's values for `keys`, as numbers; a tensor is read (a GPU waited for)."""
         return tuple(_number(group[key]) for key in self.keys)
 
+    def settings(self, group: Group) -> list[float | Tensor]:
+        """The same in one flat list, tensors as they are."""
+        return list(_flat(group[key] for key in self.keys))
+
+    def gap(self, names: tuple[str, ...]) -> int | None:
+        """Before which of the states called ``names`` one is missing that the rule can have."""
+        possible = tuple(inspect.signature(self.update).parameters)[3:]
+        return next((i for i, name in enumerate(names) if name != possible[i]), None)
+
     def scalars_of(self, hyperparameters: tuple[Any, ...], step: float) -> tuple[float, ...]:
         """`scalars` of one step.
 
@@ -146,6 +155,14 @@ class Rule:
             settings = dict(zip(self.keys, hyperparameters, strict=True))
             raise ValueError(f"a hyperparameter is not finite, nothing was changed: {settings}")
         return row
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from value
+        else:
+            yield value
 
 
 def _number(value: Any) -> Any:

@@ -7,7 +7,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-NO_GRAD = -1  # in place of a gradient's address
+NO_GRAD = -1  # in place of a gradient's address, as in csrc/plan.h
+INTERPRETED = not isinstance(update, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Target:
         states: those that the rule updates.
         gap: before which of the states one is missing that the rule can have.
         group: the row of the settings.
-        step: fp32, 0-dim, on the device; None where the host counts.
+        step: fp32, 0-dim, on the device; None where the host counts, or nobody.
     """
 
     param: Tensor
@@ -88,7 +89,10 @@ class MultiTensor:
         self.device = targets[0].param.device
         self.groups = [target.group for target in targets]
         self.kinds = [
-            (tuple(DTYPES[t.dtype] for t in (target.param, target.grad, *target.states)), target.gap)
+            (
+                tuple(DTYPES[t.dtype] for t in (target.param, target.grad, *target.states)),
+                target.gap,
+            )
             for target in targets
         ]
         self.numels = [target.param.numel() for target in targets]
@@ -197,7 +201,14 @@ class MultiTensor:
                 row_size = OWN.value + self.n_scalars
                 n_rows = len(self.rows) // row_size
                 clip[(1,)](
-                    partials, len(partials), self.rows, n_rows, row_size, norm, **_options()
+                    partials,
+                    len(partials),
+                    self.rows,
+                    n_rows,
+                    row_size,
+                    norm,
+                    ASSIGNS=self.rule == "assign",
+                    **_options(),
                 )
             for wave in range(self.n_waves):
                 if self.on_device:
@@ -357,7 +368,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     """The addresses from the tensor's first element to the end of its last."""
     if tensor.numel() == 0:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
 
@@ -369,7 +382,7 @@ def _waves(extents: list[tuple[int, int]], active: list[int]) -> list[int]:
     for i in active:
         waves[i] = 0
     by_address = sorted(extents[i] for i in active if extents[i][1])
-    if all(a[1] <= b[0] for a, b in zip(by_address, by_address[1:], strict=False)):
+    if all(a[1] <= b[0] for a, b in pairwise(by_address)):
         return waves
     for k, i in enumerate(active):  # quadratic, but only where any two do share
         for j in active[:k]:
@@ -396,7 +409,7 @@ def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _options() -> dict[str, Any]:
     """How kernels are compiled: without contraction to FMA, for the same bits as the reference."""
     options: dict[str, Any] = {"enable_fp_fusion": False}
-    if not isinstance(update, triton.runtime.JITFunction):
-        return options  # interpreted
+    if INTERPRETED:
+        return options
     warp_size = triton.runtime.driver.active.get_current_target().warp_size
     return {**options, "num_warps": THREADS.value // warp_size}

@@ -4,9 +4,9 @@ the same bits. Terms and sums are in double."""
 import triton
 import triton.language as tl
 
-from .tables import CHUNK, COEF, MAX_NORM, SIGN, as_double, as_word, locate
 from .dtypes import load
 from .rules import maximum
+from .tables import CHUNK, CLIP_VALUE, COEF, MAX_NORM, SIGN, as_double, as_word, locate
 
 LANES = tl.constexpr(1024)
 LOG_LANES = tl.constexpr(10)
@@ -96,15 +96,14 @@ def clip_coef(norm, max_norm):
     return tl.where(max_norm == INF, 1.0, coef)  # whatever the norm
 
 
-@triton.jit(
-    do_not_specialize=["partials", "n_partials", "scalars", "n_rows", "row_size", "norm"]
-)
-def clip(partials, n_partials, scalars, n_rows, row_size, norm):
+@triton.jit(do_not_specialize=["partials", "n_partials", "scalars", "n_rows", "row_size", "norm"])
+def clip(partials, n_partials, scalars, n_rows, row_size, norm, ASSIGNS: tl.constexpr):
     """Sets the norm of all gradients, and by it their factor in each row of scalars.
 
     Args:
         scalars: [n_rows, row_size].
         norm: 0-dim.
+        ASSIGNS: the rule is `assign`: nothing is to be done where the factor is 1.
     """
     total_norm = tl.sqrt(reduce_rows(partials, n_partials, 2))
     tl.store(norm, total_norm)
@@ -114,4 +113,7 @@ def clip(partials, n_partials, scalars, n_rows, row_size, norm):
         at = scalars + row * row_size
         sign = as_double(tl.load(at + SIGN, known, 0))
         max_norm = as_double(tl.load(at + MAX_NORM, known, 0))
-        tl.store(at + COEF, as_word(sign * clip_coef(total_norm, max_norm)), known)
+        coef = sign * clip_coef(total_norm, max_norm)
+        tl.store(at + COEF, as_word(coef), known)
+        if ASSIGNS:
+            tl.store(at + CLIP_VALUE, as_word(tl.where(coef == 1, -1.0, INF).to(tl.float64)), known)

@@ -1,8 +1,8 @@
 """The update rules in Triton: the same lines as ``fastopt/reference.py``, in the same order.
 
-A rule takes blocks ``p`` and ``g`` in the type of the arithmetic (fp32 or fp64), its scalars and its
-states, None for those that the param group's flags do not call for. It returns a tuple of the new
-``p`` and the new states. It knows nothing of memory, dtypes, masks or clipping: ``multi_tensor.py``
+A rule takes blocks ``p`` and ``g`` in the type of the arithmetic (fp32 or fp64), its scalars and
+its states, None for those that the param group's flags do not call for. It returns a tuple of the
+new ``p`` and the new states. It knows nothing of memory, dtypes, masks or clipping: ``update.py``
 does those.
 
 ``<rule>_scalars`` are the functions of the same name in ``fastopt/rules.py``, for hyperparameters

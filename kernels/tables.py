@@ -1,13 +1,14 @@
 """How a launch finds its tensors: tables of int64 words in the memory of the device.
 
-What a launch does is a list of chunks, one for each program. Doubles stand in the tables bit by bit.
+What a launch does is a list of chunks, one for each program. Doubles stand in the tables bit by
+bit.
 
-Tensors: [STATES + states, tensors]; a column says how many elements a tensor has, its param group,
+Tensors: [PARAM + 1 + states, tensors]; a column has a tensor's number of elements, its param group,
 and the addresses of its step, itself and its states.
-Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor's sign and
-max_norm, from which `norm.clip` computes the factor, and what the rule takes.
-Settings: [groups, 2, OWN + the rule's hyperparameters]; for each param group what `compute_scalars`
-computes a row of scalars from, first as values, then as addresses in the device's memory or 0.
+Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor without
+clipping and max_norm, from which `norm.clip` computes the first, and what the rule takes.
+Settings: [groups, 2, OWN + the rule's hyperparameters]; what `update.compute_scalars` makes rows of
+scalars from: values, then the addresses of those that lie in the device's memory, else 0.
 """
 
 import triton
@@ -16,8 +17,8 @@ import triton.language as tl
 CHUNK = tl.constexpr(8192)  # elements; also the fixed partition of the norm
 THREADS = tl.constexpr(128)  # of a program
 
-# Rows of the table of tensors. The addresses of the states follow.
-NUMEL, GROUP, STEP, PARAM, STATES = (tl.constexpr(i) for i in range(5))
+# Rows of the table of tensors. Those of the states follow.
+NUMEL, GROUP, STEP, PARAM = (tl.constexpr(i) for i in range(4))
 # Columns of the table of scalars, and of that of settings. Those of the rule follow.
 COEF, CLIP_VALUE, SIGN, MAX_NORM, OWN = (tl.constexpr(i) for i in range(5))
 

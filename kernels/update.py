@@ -63,7 +63,7 @@ def update_blocks(
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
 def update(
-    tensors,  # [STATES + states, n]
+    tensors,  # see `tables`
     grads,  # [n]: addresses
     row_of,  # [n]: in the table of scalars
     chunks,  # [programs]: see `locate`
@@ -139,9 +139,6 @@ def compute_scalars(
     inv_scale = tl.full((), 1.0, tl.float64)
     if grad_scale is not None:
         inv_scale = 1.0 / tl.load(grad_scale).to(tl.float64)
-    skip = tl.full((), False, tl.int1)
-    if found_inf is not None:
-        skip = tl.load(found_inf) != 0
     tensor = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
     known = tensor < n
     known = known & (tl.load(waves + tensor, known, -1) == wave)
@@ -154,11 +151,17 @@ def compute_scalars(
         total_norm = tl.sqrt(reduce_rows(partials, n_partials, 2)) * inv_scale
         tl.store(norm, total_norm)
         coef = coef * clip_coef(total_norm, values[MAX_NORM])
-    clip_value = tl.where(skip, -1.0, values[CLIP_VALUE])
-    at = tl.load(tensors + STEP * n + tensor, known, 0).to(tl.pointer_type(tl.float32))
-    step = tl.load(at, known, 0.0).to(tl.float64) + 1
-    tl.store(at, step.to(tl.float32), known & (skip == 0))
-    # SIGN and MAX_NORM have served.
+    clip_value = values[CLIP_VALUE]
+    address = tl.load(tensors + STEP * n + tensor, known, 0)
+    counts = known & (address != 0)
+    at = address.to(tl.pointer_type(tl.float32))
+    step = tl.load(at, counts, 0.0).to(tl.float64) + 1
+    if found_inf is not None:
+        overflow = tl.load(found_inf) != 0
+        clip_value = tl.where(overflow, -1.0, clip_value)
+        counts = tl.where(overflow, False, counts)
+    tl.store(at, step.to(tl.float32), counts)
+    # What clipping needs has served.
     row = (coef, clip_value, coef, coef) + RULE_SCALARS(step, *values[OWN:])
     for k in tl.static_range(len(row)):
         tl.store(scalars + tensor * len(row) + k, as_word(row[k]), known)

@@ -186,18 +186,16 @@ def test_a_failed_first_step_leaves_the_first_step_to_come():
     assert param.item() == -1.0
 
 
-@pytest.mark.parametrize("setting", ["differentiable", "capturable"])
-def test_refused_settings(setting):
+def test_refused_settings():
     params = [torch.nn.Parameter(torch.ones(1))]
     for cls in fastopt.OPTIMIZERS:
-        if setting in cls(params).defaults:
-            with pytest.raises(NotImplementedError, match=f"{setting}=True is not supported"):
-                cls(params, **{setting: True})
+        with pytest.raises(NotImplementedError, match="differentiable=True is not supported"):
+            cls(params, differentiable=True)
 
 
 def test_unknown_backend(monkeypatch):
     params = [torch.nn.Parameter(torch.ones(1))]
-    with pytest.raises(ValueError, match="backend='cuda': the backends are auto, cpp, reference"):
+    with pytest.raises(ValueError, match="backend='cuda': the backends are auto, triton, cpp"):
         fastopt.SGD(params, backend="cuda")
     monkeypatch.setenv("FASTOPT_BACKEND", "fast")
     with pytest.raises(ValueError, match="FASTOPT_BACKEND=fast: the backends are"):

@@ -36,7 +36,6 @@ WORKS_HERE = {
 }
 # Settings that are refused, and why.
 REFUSED = {
-    "capturable": "CUDA graphs",  # comes with the GPU backend
     "differentiable": "autograd cannot see through a fused step",
 }
 

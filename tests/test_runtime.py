@@ -87,8 +87,9 @@ def test_forced_instruction_set():
 
 def test_report():
     found = run_python("import runpy; runpy.run_module('fastopt', run_name='__main__')")
-    first, cpp, reference = found.stdout.splitlines()
+    first, triton, cpp, reference = found.stdout.splitlines()
     assert first.startswith(f"fastopt {fastopt.__version__}, torch {torch.__version__}, Python ")
+    assert triton.split()[0] == "triton"
     assert cpp.split()[:2] == ["cpp", "yes"]
     assert f"{torch.get_num_threads()} threads" in cpp
     assert reference.split()[:2] == ["reference", "yes"]
