@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ def clip_coef(norm: float, max_norm: float) -> float:
         return 1.0  # whatever the norm
     coef = max_norm / (norm + 1e-6)
     return 1.0 if coef > 1.0 else coef  # NaN stays
+
+
+def is_on_device(value: Any) -> TypeGuard[Tensor]:
+    """Whether the host would have to wait for a value."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 class Scaling(NamedTuple):
@@ -42,7 +47,7 @@ class Scaling(NamedTuple):
     @property
     def on_device(self) -> bool:
         """Whether the host would have to wait for them."""
-        return any(isinstance(x, Tensor) and x.device.type != "cpu" for x in self)
+        return any(map(is_on_device, self))
 
     @property
     def inv_scale(self) -> float:
@@ -64,11 +69,7 @@ def scalars_on_device(optimizer: Optimizer) -> bool:
     """Whether what a step depends on is known only to the device, so that the scalars must be
     computed there, and the steps counted."""
     return Scaling.of(optimizer).on_device or any(
-        group["capturable"]
-        or any(
-            isinstance(value, Tensor) and value.device.type != "cpu"
-            for value in optimizer.rule.settings(group)
-        )
+        group["capturable"] or any(map(is_on_device, optimizer.rule.settings(group)))
         for group in optimizer.param_groups
     )
 
@@ -123,7 +124,7 @@ class Rows:
             sign, clip_value, max_norm = self.clipping(g)
             values, addresses = array("d", (sign, clip_value, sign, max_norm)), array("q", [0] * 4)
             for setting in self.rule.settings(group):
-                if isinstance(setting, Tensor) and setting.device.type != "cpu":
+                if is_on_device(setting):
                     dtype = torch.float64 if setting.dtype == torch.float64 else torch.float32
                     self.kept.append(setting.to(device, dtype, non_blocking=True))
                     values.append(0.0)

@@ -280,7 +280,7 @@ class MultiTensor:
         self.launches = []
         for (wave, dtypes, gap), targets in members.items():
             sizes = torch.tensor([n_chunks[i] for i in targets])
-            index = torch.arange(int(sizes.sum()))
+            index = torch.arange(sum(n_chunks[i] for i in targets))
             index -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             target = torch.tensor(targets).repeat_interleave(sizes)
             slot = torch.tensor([slots[i] for i in targets]).repeat_interleave(sizes)
