@@ -1,26 +1,41 @@
 #include "kernels.h"
 
+#include <array>
+
 namespace fastopt {
 namespace {
 
-template <class T, size_t... D, size_t... R, size_t... N>
-constexpr Kernels<T> table(Isa isa, std::index_sequence<D...>, std::index_sequence<R...>,
-                           std::index_sequence<N...>) {
+template <class T, size_t... D, size_t... R>
+constexpr Kernels<T> table(Isa isa, std::index_sequence<D...>, std::index_sequence<R...>) {
   return {{compiled_for<Load<T, static_cast<DType>(D)>>(isa)...},
           {compiled_for<Store<T, static_cast<DType>(D)>>(isa)...},
-          {compiled_for<Update<std::tuple_element_t<R, Rules>, T>>(isa)...},
-          {compiled_for<ReduceBlock<static_cast<Reduction>(N), T>>(isa)...}};
+          {compiled_for<Update<std::tuple_element_t<R, Rules>, T>>(isa)...}};
 }
 
 template <class T>
 constexpr Kernels<T> table(Isa isa) {
-  return table<T>(isa, std::make_index_sequence<kDTypes>(), std::make_index_sequence<kRules>(),
-                  std::make_index_sequence<kReductions>());
+  return table<T>(isa, std::make_index_sequence<kDTypes>(), std::make_index_sequence<kRules>());
 }
 
 template <class T>
 constexpr Kernels<T> tables[] = {table<T>(Isa::baseline), table<T>(Isa::x86_64_v3),
                                  table<T>(Isa::x86_64_v4)};
+
+using Reductions = std::array<double (*)(const void*, int64_t, double), kReductions * kDTypes>;
+
+template <size_t... K>
+constexpr Reductions reductions_table(Isa isa, std::index_sequence<K...>) {
+  return {compiled_for<Reduce<static_cast<Reduction>(K / kDTypes),
+                              static_cast<DType>(K % kDTypes)>>(isa)...};
+}
+
+constexpr Reductions reductions_table(Isa isa) {
+  return reductions_table(isa, std::make_index_sequence<kReductions * kDTypes>());
+}
+
+constexpr Reductions reductions[] = {reductions_table(Isa::baseline),
+                                     reductions_table(Isa::x86_64_v3),
+                                     reductions_table(Isa::x86_64_v4)};
 
 Isa best_isa() {
   Isa best = Isa::baseline;
@@ -39,6 +54,11 @@ const Kernels<T>& kernels() {
 }
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
+
+double reduce(Reduction reduction, DType dtype, const void* x, int64_t n, double order) {
+  const int kernel = static_cast<int>(reduction) * kDTypes + static_cast<int>(dtype);
+  return reductions[static_cast<int>(current)][kernel](x, n, order);
+}
 
 Isa isa_in_use() { return current; }
 void use_isa(Isa isa) { current = isa; }

@@ -51,12 +51,14 @@ struct Kernels {
   void (*load[kDTypes])(const void* from, int64_t stride, int64_t n, T* to);
   void (*store[kDTypes])(const T* from, void* to, int64_t stride, int64_t n);
   void (*update[kRules])(T* p, const T* g, T* const* states, int64_t n, const double* scalars);
-  double (*reduce[kReductions])(const T* x, int64_t n, double order);
 };
 
 // The kernels of the instruction set in use. It starts as the best that this processor supports.
 template <class T>
 const Kernels<T>& kernels();
+
+// Reduces n contiguous elements, as norm.h tells.
+double reduce(Reduction reduction, DType dtype, const void* x, int64_t n, double order);
 
 Isa isa_in_use();
 void use_isa(Isa isa);

@@ -5,6 +5,9 @@
 namespace fastopt {
 namespace {
 
+constexpr int64_t kTask = 4 * kChunk;  // elements: enough to be worth a thread's while
+constexpr int64_t kStaged = 512;       // elements: few enough for all buffers to stay in L1
+
 // For each tensor, one more than the latest wave of the earlier tensors that it shares memory with.
 // Views that interleave count as sharing. Quadratic, but only where any two do.
 std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
@@ -64,12 +67,11 @@ void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Opera
 template <class T>
 void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const double* scalars) {
   const Kernels<T>& k = kernels<T>();
-  // Small enough for all the buffers to stay in the first-level cache.
-  T buffers[2 + kMaxStates][kBlock / 2];
+  T buffers[2 + kMaxStates][kStaged];
   for (int64_t done = 0, n; done < chunk.n; done += n) {
     T* blocks[2 + kMaxStates];
     bool staged[2 + kMaxStates];
-    n = std::min<int64_t>(kBlock / 2, chunk.n - done);
+    n = std::min(kStaged, chunk.n - done);
     bool any_staged = false;
     for (int i = 0; i < tensor.n_operands; ++i) {
       blocks[i] = stage_in(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n,
@@ -85,21 +87,16 @@ void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const doub
   }
 }
 
-template <class T>
 double reduce_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, Reduction reduction,
                     double order) {
-  const Kernels<T>& k = kernels<T>();
-  const auto reduce = k.reduce[static_cast<int>(reduction)];
-  T buffer[kBlock];
-  double partials[kChunk / kBlock];
-  int64_t blocks = 0;
-  for (int64_t done = 0; done < chunk.n; done += kBlock) {
-    const int64_t n = std::min(kBlock, chunk.n - done);
-    const T* x = stage_in(k, tensor.grad_layout, 0, tensor.operands[1], chunk.begin + done, n,
-                          buffer);
-    partials[blocks++] = reduce(x, n, order);
+  const Operand& grad = tensor.operands[1];
+  if (tensor.grad_layout.contiguous(0)) {
+    const char* from = grad.data + chunk.begin * kItemSize[static_cast<int>(grad.dtype)];
+    return reduce(reduction, grad.dtype, from, chunk.n, order);
   }
-  return reduce_all(reduction, partials, blocks);
+  double buffer[kChunk];
+  stage_in(kernels<double>(), tensor.grad_layout, 0, grad, chunk.begin, chunk.n, buffer);
+  return reduce(reduction, DType::float64, buffer, chunk.n, order);
 }
 
 const pid_t loaded_in = getpid();
@@ -122,7 +119,7 @@ Schedule::Schedule(const std::vector<Tensor>& tensors) {
         const int64_t n = std::min(kChunk, numel - begin);
         if (room < n) {
           tasks_.push_back(static_cast<int64_t>(chunks_.size()));
-          room = kChunk;
+          room = kTask;
         }
         room -= n;
         chunks_.push_back({static_cast<int>(t), begin, n, slot});
@@ -146,12 +143,12 @@ double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule
   const Reduction reduction = reduction_of(order);
   std::vector<double> partials(schedule.n_slots());
   schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
-    const Tensor& tensor = tensors[chunk.tensor];
-    const bool in_double = tensor.operands[1].dtype == DType::float64;
-    partials[chunk.slot] = in_double ? reduce_chunk<double>(tensor, chunk, reduction, order)
-                                     : reduce_chunk<float>(tensor, chunk, reduction, order);
+    partials[chunk.slot] = reduce_chunk(tensors[chunk.tensor], chunk, reduction, order);
   });
-  return reduce_all(reduction, partials.data(), schedule.n_slots());
+  // No chunk's result is negative: abs changes nothing.
+  const bool is_max = reduction == Reduction::max_of_abs;
+  return reduce(is_max ? Reduction::max_of_abs : Reduction::sum_of_abs, DType::float64,
+                partials.data(), schedule.n_slots(), order);
 }
 
 void update(const std::vector<Tensor>& tensors, const Schedule& schedule,

@@ -32,7 +32,7 @@ struct Tensor {
 // them for ever: there, everything runs in one thread.
 bool forked();
 
-// A flat list of chunks of at most kChunk elements, grouped into tasks of about that many elements.
+// A flat list of chunks of at most kChunk elements, grouped into tasks of about four times as many.
 // Tensors that share memory with an earlier one go into a later wave, so that they are updated one
 // after the other, in order, as a plain loop would.
 class Schedule {

@@ -14,6 +14,7 @@ takes: conversion from and to 16-bit types, clipping, ``maximize``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,8 +24,8 @@ from torch import Tensor
 
 States = dict[str, Tensor]
 
-BLOCK = 1024  # elements; the norm's fixed partition, as in csrc/norm.h
-BLOCKS_IN_CHUNK = 32
+LANES = 1024  # the norm's fixed partition, as in csrc/norm.h
+CHUNK = 8 * LANES
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -156,38 +157,41 @@ def update_(
 def power_sum(tensors: Sequence[Tensor], order: float) -> Tensor:
     """The sum of ``abs(x)**order`` over all elements, in a fixed order; their maximum for inf.
 
-    Each tensor, in its own memory order, is cut into chunks of 32 blocks of 1024 elements; blocks,
-    chunks and the chunks of all tensors are each reduced by halving.
+    Each tensor, in its own memory order, is cut into chunks of 8192 elements. :func:`_reduce` makes
+    one number of each chunk, and then one of the numbers of all tensors' chunks.
 
     Returns:
         0-dim, fp64, on the first tensor's device.
     """
     device = tensors[0].device
     chunks = [
-        _halve(_halve(_terms(t.detach(), order), order).view(-1, BLOCKS_IN_CHUNK), order).to(device)
+        _reduce(_pad(_terms(t.detach(), order), CHUNK), order).to(device)
         for t in tensors
         if t.numel() > 0
     ] or [torch.zeros(1, dtype=torch.float64, device=device)]
-    return _halve(torch.cat(chunks).view(1, -1), order).view(())
+    return _reduce(torch.cat(chunks), order)
 
 
 def _terms(tensor: Tensor, order: float) -> Tensor:
-    """The terms of the sum in memory order, padded with zeros, as rows of BLOCK."""
+    """The terms of the sum, in memory order."""
     dims = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     x = tensor.permute(dims).reshape(-1).double().abs()
-    terms = x if order in (1, math.inf) else x * x if order == 2 else x**order
-    padding = -terms.numel() % (BLOCK * BLOCKS_IN_CHUNK)
-    return torch.nn.functional.pad(terms, (0, padding)).view(-1, BLOCK)
+    return x if order in (1, math.inf) else x * x if order == 2 else x**order
 
 
-def _halve(rows: Tensor, order: float) -> Tensor:
-    """Reduces each row: element i takes in element i + half, for half = ..., 4, 2, 1."""
-    width = rows.shape[1]
-    half = 1 << max(width - 1, 0).bit_length() >> 1
-    while half > 0:
-        low, high = rows[:, :half], rows[:, half:]
-        paired = low[:, : high.shape[1]]
-        merged = torch.maximum(paired, high) if order == math.inf else paired + high
-        rows = torch.cat([merged, low[:, high.shape[1] :]], dim=1)
-        half //= 2
-    return rows[:, 0]
+def _pad(x: Tensor, multiple: int) -> Tensor:
+    """``x`` in rows of ``multiple``, the last one padded with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % multiple))
+    return padded.view(*x.shape[:-1], -1, multiple)
+
+
+def _reduce(x: Tensor, order: float) -> Tensor:
+    """Reduces the last dimension: rows of LANES one after the other, then the lanes by halving.
+
+    Lane i takes in lane i + half, for half = 512, 256, ..., 1.
+    """
+    combine = torch.maximum if order == math.inf else torch.add
+    lanes = functools.reduce(combine, _pad(x, LANES).unbind(-2))
+    while lanes.shape[-1] > 1:
+        lanes = combine(*lanes.chunk(2, dim=-1))
+    return lanes[..., 0]

@@ -24,7 +24,7 @@ FLAGS = [
     {"weight_decay": 0.1, "max_norm": 0.5},
     {"clip_value": 0.5},
 ]
-# 0-dim, empty (last too), one element, odd tails, more than one chunk of 32768 elements.
+# 0-dim, empty (last too), one element, odd tails, more chunks (of 8192) than one task takes (4).
 SHAPES = [(), (0,), (1,), (7,), (33, 65), (40_000,), (3, 0)]
 
 

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_bits import DTYPES, ISAS, machine
 
 import fastopt
-from fastopt import reference
+from fastopt import dispatch, reference
+from fastopt.plan import describe
 
 ORDERS = [1, 2, 3.5, 0.5, math.inf, "inf"]
 SHAPES = [(), (0,), (5,), (1024,), (1025,), (333, 77), (100_000,), (3, 0)]
@@ -48,10 +50,54 @@ def test_same_bits_for_any_number_of_threads(order):
     assert len(found) == 1
 
 
-def test_two_norm_has_the_bits_of_the_reference():
-    # fp64, where nothing is rounded away.
-    grads = [*gradients(torch.float64), torch.randn(9, 64, 5, dtype=torch.float64).transpose(0, 1)]
-    assert fastopt.get_total_norm(grads).item() == reference.power_sum(grads, 2).sqrt().item()
+def lanes_reduce(terms, combine):
+    """Rows of 1024 one after the other, then the lanes by halving."""
+    lanes = np.zeros(1024)
+    for begin in range(0, len(terms), 1024):
+        row = terms[begin : begin + 1024]
+        lanes[: len(row)] = combine(lanes[: len(row)], row)
+    for half in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
+        lanes[:half] = combine(lanes[:half], lanes[half : 2 * half])
+    return lanes[0]
+
+
+def definition(in_memory_order, order):
+    """The norm's partition and order, spelled once more."""
+    combine = np.maximum if order == math.inf else np.add
+    chunks = []
+    for tensor in in_memory_order:
+        x = np.abs(tensor.double().flatten().numpy())
+        terms = x * x if order == 2 else x
+        for begin in range(0, len(terms), 8192):
+            chunks.append(lanes_reduce(terms[begin : begin + 8192], combine))
+    return lanes_reduce(chunks, combine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", [1, 2, math.inf], ids=str)
+def test_bits_of_the_definition(order, dtype):
+    sizes = [near + d for near in (512, 1024, 2048, 8192, 16384, 32768) for d in (-1, 0, 1)]
+    sizes = [0, 1, 2, 3, 64, *sizes, 100_000]
+    generator = torch.Generator().manual_seed(1)
+    grads = []
+    for n in sizes:
+        x, chance = torch.rand(2, n, generator=generator, dtype=torch.float64)
+        # Most terms are so small that a sum with a large one loses them: another order shows. (But
+        # for fp16's range, in which sums of order 1 are exact.)
+        x = torch.where(chance < 1 / 8, 1, 2 ** (-53 / order)) * (1 + x) * 512
+        grads.append(x.to(dtype))
+    many = [grad[:5] for grad in grads] * 50  # more than 1024 chunks
+    spread = grads[-1].view(10, 100, 100)[:, ::2, 1:]
+    cases = [([grad], [grad]) for grad in grads]
+    cases += [(grads + many, grads + many), ([spread.transpose(0, 2)] * 2, [spread] * 2)]
+    for tensors, in_memory_order in cases:
+        wanted = definition(in_memory_order, order)
+        assert reference.power_sum(tensors, order).item() == wanted
+        descriptions = [describe(tensor) for tensor in tensors]
+        for isa in ISAS:
+            for threads in (1, 2, 3):
+                with machine(isa, threads):
+                    assert dispatch.extension().power_sum(descriptions, order, threads) == wanted
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])

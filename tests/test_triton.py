@@ -257,6 +257,8 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize(("cls", "variant"), CASES, ids=str)
 def test_no_value_is_read(cls, variant, first, as_on_a_gpu):
     """Not even by the first step, which makes the plan."""
+    if first and cls is fastopt.Adagrad:
+        pytest.skip("its states are there from the start, and their steps on the host")
     params = new_params([(5,), (3, 3)])
     optimizer = cls(
         params, capturable=True, max_norm=1.0, clip_value=0.5, backend="triton", **variant
