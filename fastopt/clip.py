@@ -162,6 +162,7 @@ class _Triton(_Reference):
             grads=array("q", [grad.data_ptr() for grad in self.grads]).tobytes(),
             odd_grads=[self.grads[i] for i in self.tensors.odd],
             rows=array("d", (1.0, clip_value, 1.0, max_norm)).tobytes(),
+            n_rows=1,
             row_of=array("q", [0] * len(self.grads)).tobytes(),
         )
 

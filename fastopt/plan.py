@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -119,23 +120,22 @@ class Part:
         targets = [item.target(rule, not on_device) for item in items]
         self.tensors = kernels.MultiTensor(rule.name, len(rule.scalar_names), targets, on_device)
 
-    def begin(self, native: Any, rows: Rows, cohorts: list[tuple[int, float]]) -> None:
+    def begin(self, native: Any, rows: Rows, scalars: bytes, n_rows: int) -> None:
+        """Tells the device of a step: of its gradients, and of ``scalars`` or the settings."""
+        row_of = None
         if self.tensors.on_device:
-            table, scalars_of = rows.settings(self.device, self.kernels.address_of), None
+            scalars = rows.settings(self.device, self.kernels.address_of)
+            n_rows = len(rows.groups)
         else:
-            words = array("d")
-            for group, step in cohorts:
-                words.extend(rows.table(group, step))
-            table, scalars_of = words.tobytes(), native.scalars_of(self.number)
+            row_of = native.scalars_of(self.number)
         if self.is_captured() and not self.tensors.on_device:
             raise RuntimeError(
                 "a step that becomes part of a CUDA graph needs capturable=True, so that the GPU "
                 "computes its scalars at each replay"
             )
         odd_grads = [self.items[i].param.grad for i in self.tensors.odd]
-        self.tensors.begin(
-            native.pattern(), native.grads(self.number), odd_grads, table, scalars_of
-        )
+        grads = native.grads(self.number)
+        self.tensors.begin(native.pattern(), grads, odd_grads, scalars, n_rows, row_of)
 
     def is_captured(self) -> bool:
         """Whether what is done now becomes part of a CUDA graph."""
@@ -222,7 +222,8 @@ class Plan:
             and self.state is optimizer.state
             and self.on_device == scalars_on_device(optimizer)
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
-            and self.native.refresh(torch.get_num_threads())
+            # Threads pay where they are awake for the update that follows.
+            and self.native.refresh(torch.get_num_threads() if self.on_host else 1)
         )
 
     def run(self, optimizer: Optimizer) -> None:
@@ -234,12 +235,11 @@ class Plan:
         rows = Rows(self.rule, groups, scaling.inv_scale if reads_scaling else 1.0)
         # All that may raise comes before any change.
         cohorts = [] if self.native is None else self.native.cohorts()
-        for cohort in cohorts:
-            rows.table(*cohort)
+        scalars = array("d", chain.from_iterable(rows.table(*cohort) for cohort in cohorts))
         for item in self.others:
             rows.table(item.group, self._next_step(item))
         for part in self.parts:
-            part.begin(self.native, rows, cohorts)
+            part.begin(self.native, rows, scalars.tobytes(), len(cohorts))
             if part.is_captured():
                 optimizer._captured.append(self)
 
@@ -420,7 +420,7 @@ def new_states(
         device = step_on or torch.device("cpu")
         # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
         if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
-            new["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+            new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
     for name in missing:
         new[name] = torch.full_like(
             param,

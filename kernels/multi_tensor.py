@@ -58,13 +58,17 @@ class _Launch(NamedTuple):
         wave: targets that share memory are updated one after the other, in launches of their own.
         dtypes: of parameter, gradient and states.
         gap: as in `Target`.
-        chunks: int64 [2, programs]: what `tables.locate` reads, and places in the list of partials.
+        programs: how many.
+        chunks: int64 [programs]: what `tables.locate` reads.
+        slots: int64 [programs]: places in the list of partial norms.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
     gap: int | None
+    programs: int
     chunks: Tensor
+    slots: Tensor
 
 
 class MultiTensor:
@@ -109,9 +113,11 @@ class MultiTensor:
             ]
             for i, target in enumerate(targets)
         ]
-        self.tensors = _to_device(torch.tensor(columns, dtype=torch.int64).t(), self.device)
-        self.words = _Mirror(self.device)
+        self.words = b""
+        self.words_there = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.captured: list[Any] = []  # memory that CUDA graphs use, for as long as they may
         self.pattern: object = None
+        self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64).t())
         if on_device:
             self.scalars = torch.empty(
                 (len(targets), OWN.value + n_scalars), dtype=torch.int64, device=self.device
@@ -132,6 +138,7 @@ class MultiTensor:
         grads: bytes,
         odd_grads: Sequence[Tensor | None],
         rows: bytes,
+        n_rows: int,
         row_of: bytes | None = None,
     ) -> None:
         """Says what the step works on.
@@ -140,7 +147,7 @@ class MultiTensor:
             pattern: equal to that of an earlier call only if the same gradients are missing.
             grads: int64 for each target: the address of its gradient, or `NO_GRAD`.
             odd_grads: the gradients of the targets in `odd`.
-            rows: the table of settings if `on_device`, else that of scalars.
+            rows: the table of settings if `on_device`, else that of scalars; `n_rows` rows.
             row_of: int64 for each target: which of these scalars it takes.
         """
         n = len(self.kinds)
@@ -155,19 +162,19 @@ class MultiTensor:
             grads = addresses.tobytes()
         if row_of is None:
             row_of = array("q", range(n)).tobytes()
-        words = self.words.follow(row_of + grads + rows)
+        words = self._follow(row_of + grads + rows)
+        self.n_rows, self.row_size = n_rows, len(rows) // (8 * max(n_rows, 1))
         self.row_of, self.grads, self.rows = words[:n], words[n : 2 * n], words[2 * n :]
 
     def norm_partials(self, order: float = 2.0) -> Tensor:
         """Of each chunk of the gradients the norm, to the power of its order 1, 2 or inf: fp64."""
         with _guard(self.device):
             for launch in self.launches:
-                chunks, slots = launch.chunks
-                reduce_chunks[(len(chunks),)](
+                reduce_chunks[(launch.programs,)](
                     self.tensors,
                     self.grads,
-                    chunks,
-                    slots,
+                    launch.chunks,
+                    launch.slots,
                     self.partials,
                     DTYPE=launch.dtypes[1],
                     ORDER=order,
@@ -198,14 +205,12 @@ class MultiTensor:
             norm = torch.empty((), dtype=norm_dtype, device=self.device)
         with _guard(self.device):
             if not self.on_device and partials is not None:
-                row_size = OWN.value + self.n_scalars
-                n_rows = len(self.rows) // row_size
                 clip[(1,)](
                     partials,
-                    len(partials),
+                    partials.shape[0],
                     self.rows,
-                    n_rows,
-                    row_size,
+                    self.n_rows,
+                    self.row_size,
                     norm,
                     ASSIGNS=self.rule == "assign",
                     **_options(),
@@ -242,20 +247,19 @@ class MultiTensor:
             grad_scale,
             found_inf,
             n,
-            0 if partials is None else len(partials),
+            0 if partials is None else partials.shape[0],
             wave,
             RULE_SCALARS=getattr(rules, f"{self.rule}_scalars"),
-            N_SETTINGS=len(self.rows) // (2 * (max(self.groups) + 1)),
+            N_SETTINGS=self.row_size // 2,  # as values and as addresses
             **_options(),
         )
 
     def _update(self, launch: _Launch) -> None:
-        chunks = launch.chunks[0]
-        update[(len(chunks),)](
+        update[(launch.programs,)](
             self.tensors,
             self.grads,
             self.row_of,
-            chunks,
+            launch.chunks,
             self.scalars if self.on_device else self.rows,
             len(self.kinds),
             RULE=getattr(rules, self.rule),
@@ -280,55 +284,56 @@ class MultiTensor:
         self.launches = []
         for (wave, dtypes, gap), targets in members.items():
             sizes = torch.tensor([n_chunks[i] for i in targets])
-            index = torch.arange(sum(n_chunks[i] for i in targets))
+            programs = sum(n_chunks[i] for i in targets)
+            index = torch.arange(programs)
             index -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             target = torch.tensor(targets).repeat_interleave(sizes)
             slot = torch.tensor([slots[i] for i in targets]).repeat_interleave(sizes)
-            chunks = _to_device(torch.stack([target << 32 | index, slot + index]), self.device)
-            self.launches.append(_Launch(wave, dtypes, gap, chunks))
-        self.wave_of = _to_device(torch.tensor(self.waves), self.device)
+            chunks = self._upload(torch.stack([target << 32 | index, slot + index]))
+            self.launches.append(_Launch(wave, dtypes, gap, programs, *chunks))
+        self.wave_of = self._upload(torch.tensor(self.waves))
         # One zero where there is no chunk.
         self.partials = torch.zeros(max(slots[-1], 1), dtype=torch.float64, device=self.device)
+
+    def _follow(self, words: bytes) -> Tensor:
+        """The words in the device's memory, copied only where they have changed."""
+        if words != self.words or capturing(self.device):
+            host = torch.frombuffer(bytearray(words), dtype=torch.int64)
+            if capturing(self.device):
+                # Copied by the graph at each replay, to where no other step copies to.
+                there = self._upload(host)
+                self.captured.append((there, self.launches, self.wave_of, self.partials))
+                return there
+            if len(words) != len(self.words):
+                self.words_there = torch.empty_like(host, device=self.device)
+            self.words_there.copy_(self._pinned(host), non_blocking=True)
+            self.words = words
+        return self.words_there
+
+    def _upload(self, host: Tensor) -> Tensor:
+        return self._pinned(host.contiguous()).to(self.device, non_blocking=True, copy=True)
+
+    def _pinned(self, host: Tensor) -> Tensor:
+        """Host memory that can be copied from without waiting; torch keeps it until it has been."""
+        if self.device.type == "cpu":
+            return host
+        pinned = host.pin_memory()
+        if capturing(self.device):
+            self.captured.append(pinned)
+        return pinned
 
 
 def total(partials: Tensor, order: float = 2.0) -> Tensor:
     """Reduces what `MultiTensor.norm_partials` returns: fp64, 0-dim."""
     result = torch.empty((), dtype=torch.float64, device=partials.device)
     with _guard(partials.device):
-        reduce_partials[(1,)](partials, len(partials), result, ORDER=order, **_options())
+        reduce_partials[(1,)](partials, partials.shape[0], result, ORDER=order, **_options())
     return result
 
 
 def address_of(tensor: Tensor) -> int:
     """Of a one-element tensor in the table of settings: odd for a double."""
     return tensor.data_ptr() + (tensor.dtype == torch.float64)
-
-
-class _Mirror:
-    """Words on the device that follow the host's, copied only where they have changed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.words = b""
-        self.copy = torch.empty(0, dtype=torch.int64, device=device)
-        self.captured: list[tuple[Tensor, Tensor]] = []
-
-    def follow(self, words: bytes) -> Tensor:
-        if words == self.words and not capturing(self.device):
-            return self.copy
-        host = torch.frombuffer(bytearray(words), dtype=torch.int64)
-        if self.device.type != "cpu":
-            host = host.pin_memory()
-        if capturing(self.device):
-            # The graph copies at each replay: the words, and the copy, are its own for ever.
-            copy = torch.empty_like(host, device=self.device)
-            self.captured.append((host, copy))
-            return copy.copy_(host, non_blocking=True)
-        if len(host) != len(self.copy):
-            self.copy = torch.empty_like(host, device=self.device)
-        self.copy.copy_(host, non_blocking=True)
-        self.words = words
-        return self.copy
 
 
 class _Staged:
@@ -389,11 +394,6 @@ def _waves(extents: list[tuple[int, int]], active: list[int]) -> list[int]:
             if extents[i][0] < extents[j][1] and extents[j][0] < extents[i][1]:
                 waves[i] = max(waves[i], waves[j] + 1)
     return waves
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    tensor = tensor.contiguous()
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def capturing(device: torch.device) -> bool:

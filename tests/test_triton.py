@@ -191,6 +191,30 @@ def test_groups_of_several_kinds(flags):
     assert_same_bits(updated("triton"), updated("reference"))
 
 
+def test_groups_that_another_backend_updates(monkeypatch):
+    """The table of settings has them all the same."""
+    backend_for = dispatch.backend_for
+    monkeypatch.setattr(
+        dispatch,
+        "backend_for",
+        lambda tensors, *args: backend_for(
+            tensors, "cpp" if tensors[0].numel() == 3 else "triton", "a parameter"
+        ),
+    )
+    params = new_params([(2,), (3,), (4,)])
+    groups = [
+        {"params": param, "lr": lr} for param, lr in zip(params, (0.1, 0.2, 0.3), strict=True)
+    ]
+    for order in (groups, groups[1::-1]):
+        optimizer = fastopt.SGD(order, capturable=True)
+        before = [group["params"][0].detach().clone() for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones_like(group["params"][0])
+        optimizer.step()
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            assert_same_bits(group["params"], [old - torch.tensor(group["lr"])])
+
+
 def test_states_and_gradients_of_other_dtypes():
     def updated(backend):
         generator = torch.Generator().manual_seed(0)
