@@ -62,7 +62,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
-        self._captured: list[Plan] = []  # whose memory CUDA graphs use
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -132,7 +131,6 @@ class Optimizer(torch.optim.Optimizer):
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
         self._plan = None
-        self._captured = getattr(self, "_captured", [])
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -128,7 +128,7 @@ class Part:
             n_rows = len(rows.groups)
         else:
             row_of = native.scalars_of(self.number)
-        if self.is_captured() and not self.tensors.on_device:
+        if not self.tensors.on_device and self.kernels.capturing(self.device):
             raise RuntimeError(
                 "a step that becomes part of a CUDA graph needs capturable=True, so that the GPU "
                 "computes its scalars at each replay"
@@ -136,10 +136,6 @@ class Part:
         odd_grads = [self.items[i].param.grad for i in self.tensors.odd]
         grads = native.grads(self.number)
         self.tensors.begin(native.pattern(), grads, odd_grads, scalars, n_rows, row_of)
-
-    def is_captured(self) -> bool:
-        """Whether what is done now becomes part of a CUDA graph."""
-        return bool(self.kernels.capturing(self.device))
 
 
 class Plan:
@@ -240,8 +236,6 @@ class Plan:
             rows.table(item.group, self._next_step(item))
         for part in self.parts:
             part.begin(self.native, rows, scalars.tobytes(), len(cohorts))
-            if part.is_captured():
-                optimizer._captured.append(self)
 
         norm = None
         partials: list[Any] = [None] * len(self.parts)

@@ -27,6 +27,8 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 NO_GRAD = -1  # in place of a gradient's address, as in csrc/plan.h
+# What CUDA graphs use, which do not tell when they are no longer replayed: some KiB for each.
+_captured: list[Any] = []
 INTERPRETED = not isinstance(update, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
@@ -115,7 +117,6 @@ class MultiTensor:
         ]
         self.words = b""
         self.words_there = torch.empty(0, dtype=torch.int64, device=self.device)
-        self.captured: list[Any] = []  # memory that CUDA graphs use, for as long as they may
         self.pattern: object = None
         self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64).t())
         if on_device:
@@ -302,7 +303,7 @@ class MultiTensor:
             if capturing(self.device):
                 # Copied by the graph at each replay, to where no other step copies to.
                 there = self._upload(host)
-                self.captured.append((there, self.launches, self.wave_of, self.partials))
+                _captured.append((self, there, self.launches, self.wave_of, self.partials))
                 return there
             if len(words) != len(self.words):
                 self.words_there = torch.empty_like(host, device=self.device)
@@ -319,7 +320,7 @@ class MultiTensor:
             return host
         pinned = host.pin_memory()
         if capturing(self.device):
-            self.captured.append(pinned)
+            _captured.append(pinned)
         return pinned
 
 
