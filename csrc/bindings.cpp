@@ -75,5 +75,6 @@ PYBIND11_MODULE(_C, m) {
       .def("scalars_of", &Plan::scalars_of)
       .def("active_params", &Plan::active_params)
       .def("sum_of_squares", &Plan::sum_of_squares)
+      .def("release", &Plan::release)
       .def("update", &Plan::update);
 }

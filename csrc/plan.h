@@ -74,6 +74,9 @@ class Plan {
 
   double sum_of_squares(int threads) const;
 
+  // Drops the gradients of a step that is not made.
+  void release() { grads_.clear(); }
+
   // Updates those of part 0, and counts the steps of all cohorts. scalars has a row for each.
   void update(const std::vector<std::vector<double>>& scalars, int threads);
 

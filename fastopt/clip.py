@@ -1,8 +1,8 @@
 """Gradient clipping with torch's signatures: `torch.nn.utils.clip_grad_norm_` and its relatives.
 
 An optimizer's ``max_norm`` and ``clip_value`` do the same within the step, without writing the
-gradients; these functions are for clipping apart from it. They do not wait for a GPU, except to
-raise where the norm is not finite.
+gradients; these functions are for clipping apart from it. They wait for a GPU only to raise where
+the norm is not finite, and where some gradients are on the CPU.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .devices import moved
 from .plan import describe, norm_options
 from .scalars import clip_coef
 
@@ -104,7 +106,7 @@ class _Reference:
     @torch.no_grad()
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Brings a norm, in double, down to ``max_norm``."""
-        norm = norm.to(self.grads[0].device, non_blocking=True)
+        norm = moved(norm, self.grads[0].device)
         coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if max_norm != math.inf:
             for grad in self.grads:
@@ -127,7 +129,7 @@ class _Cpp(_Reference):
     def power_sum(self, order: float) -> Tensor:
         assert self.extension is not None
         total = self.extension.power_sum(self.descriptions, order, torch.get_num_threads())
-        return torch.tensor(total, dtype=torch.float64)
+        return torch.tensor(total, dtype=torch.float64, device="cpu")
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         coef = clip_coef(float(norm), max_norm)
@@ -153,8 +155,7 @@ class _Triton(_Reference):
         assert self.kernels is not None
         grads = [grad.detach() for grad in grads]
         targets = [self.kernels.Target(grad, grad) for grad in grads]
-        self.tensors = self.kernels.MultiTensor("assign", 0, targets)
-        self._begin(math.inf, math.inf)
+        self.tensors = self.kernels.MultiTensor("assign", 0, targets, _captured)
 
     def _begin(self, clip_value: float, max_norm: float) -> None:
         self.tensors.begin(
@@ -170,12 +171,13 @@ class _Triton(_Reference):
         if order not in (1, 2, math.inf):
             return super().power_sum(order)
         assert self.kernels is not None
+        self._begin(math.inf, math.inf)
         total: Tensor = self.kernels.total(self.tensors.norm_partials(order), order)
         return total
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         self._begin(math.inf, max_norm)
-        square = norm.to(self.tensors.device, non_blocking=True).square()
+        square = moved(norm, self.tensors.device).square()
         self._update(square.view(1))
 
     def clamp(self, clip_value: float) -> None:
@@ -186,6 +188,9 @@ class _Triton(_Reference):
         self.tensors.update(partials)
         torch.autograd.graph.increment_version(self.grads)
 
+
+# What CUDA graphs use, which do not tell when they are no longer replayed: small tables.
+_captured: list[Any] = []
 
 _BACKENDS = {"cpp": _Cpp, "triton": _Triton, "reference": _Reference}
 
@@ -207,8 +212,8 @@ def _total_norm(
     if not order > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     sums = [backend.power_sum(order) for backend in backends]
-    sums = sums or [torch.zeros((), dtype=torch.float64)]
-    total = torch.stack([s.to(sums[0].device, non_blocking=True) for s in sums])
+    sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
+    total = torch.stack([moved(s, sums[0].device) for s in sums])
     if order == math.inf:
         norm = total.amax()  # NaN wins
     else:

@@ -92,14 +92,18 @@ def _load_triton() -> tuple[ModuleType | None, str]:
     try:
         import triton
 
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+            raise ImportError(f"this is {triton.__version__}")
         from .kernels import multi_tensor
-    except ImportError as error:
+    except Exception as error:  # versions that do not fit torch or Python raise this and that
         return None, f"triton 3.6 or later cannot be imported ({error}): pip install 'triton>=3.6'"
     if multi_tensor.INTERPRETED:
-        return multi_tensor, f"CPU tensors too, interpreted; triton {triton.__version__}"
+        return multi_tensor, (
+            f"CPU tensors only, because TRITON_INTERPRET=1 is set; triton {triton.__version__}"
+        )
     if not torch.cuda.is_available():
         return None, "there is no GPU here, and TRITON_INTERPRET=1 is not set, to do without one"
-    return multi_tensor, f"{torch.cuda.get_device_name()}; triton {triton.__version__}"
+    return multi_tensor, f"GPU tensors; triton {triton.__version__}"
 
 
 def triton_kernels() -> ModuleType | None:
@@ -109,14 +113,16 @@ def triton_kernels() -> ModuleType | None:
 
 def backends() -> dict[str, Backend]:
     """What works here: for each backend, whether it is available, and with what or why not."""
-    module, reason = _load()
-    return {
-        "triton": Backend(triton_kernels() is not None, _load_triton()[1]),
-        "cpp": Backend(True, f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads")
-        if module
-        else Backend(False, reason),
-        "reference": Backend(True, f"tensors of any device; torch {torch.__version__} operators"),
-    }
+    return {name: _backend(name) for name in BACKENDS}
+
+
+def _backend(name: str) -> Backend:
+    if name == "reference":
+        return Backend(True, f"tensors of any device; torch {torch.__version__} operators")
+    module, detail = _load_triton() if name == "triton" else _load()
+    if module and name == "cpp":
+        detail = f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads"
+    return Backend(module is not None, detail)
 
 
 def resolve(backend: str) -> str:
@@ -134,7 +140,7 @@ def resolve(backend: str) -> str:
         asked = f"FASTOPT_BACKEND={backend}"
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"{asked}: the backends are auto, {', '.join(BACKENDS)}")
-    if backend != "auto" and not (found := backends()[backend]).available:
+    if backend != "auto" and not (found := _backend(backend)).available:
         raise RuntimeError(f"{asked} does not work here: {found.detail}")
     return backend
 
@@ -149,29 +155,27 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
         return backend
     kind = tensors[0].device.type
     wanted = backend if backend != "auto" else {"cuda": "triton", "cpu": "cpp"}.get(kind)
-    if obstacle := _obstacle(tensors, wanted):
-        if backend != "auto":
-            raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
-        return "reference"
-    if wanted is None:
-        reason = "it has no kernels for that device"
-    elif (found := backends()[wanted]).available:
+    obstacle = _obstacle(tensors)
+    if not obstacle and wanted and _backend(wanted).available and kind == _device_of(wanted):
         return wanted
-    else:
-        reason = found.detail
-    _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
+    if backend != "auto":
+        obstacle = obstacle or f"is on {tensors[0].device}"
+        raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
+    if not obstacle:
+        reason = _backend(wanted).detail if wanted else "it has no kernels for that device"
+        _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"
 
 
-def _obstacle(tensors: list[Tensor], backend: str | None) -> str:
-    """Why a backend's kernels, which need plain memory, cannot take these tensors, or ""."""
+def _device_of(backend: str) -> str:
+    """The type of the devices whose memory a backend's kernels read."""
+    kernels = triton_kernels() if backend == "triton" else None
+    return "cuda" if kernels and not kernels.INTERPRETED else "cpu"
+
+
+def _obstacle(tensors: list[Tensor]) -> str:
+    """Why kernels, which need plain memory, cannot take these tensors; "" if they can."""
     for tensor in tensors:
-        if backend == "cpp" and tensor.device.type != "cpu":
-            return f"is on {tensor.device}"
-        if backend == "triton" and tensor.device.type != "cuda":
-            kernels = triton_kernels()
-            if tensor.device.type != "cpu" or (kernels and not kernels.INTERPRETED):
-                return f"is on {tensor.device}"
         if _is_wrapper(tensor):
             return f"is a {type(tensor).__name__}"
         if tensor.is_neg():
@@ -324,7 +328,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
     else:
         return False
     # Interleaved dimensions may still not collide: look at every element's place.
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for stride, size in sizes:
-        places = (places[:, None] + torch.arange(size) * stride).view(-1)
+        places = (places[:, None] + torch.arange(size, device="cpu") * stride).view(-1)
     return len(set(places.tolist())) < places.numel()

@@ -13,7 +13,7 @@ from . import dispatch, reference
 from .clip import get_total_norm
 from .plan import Plan, new_states
 from .rules import RULES, Group, Rule
-from .scalars import Scaling
+from .scalars import Rows
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -31,8 +31,10 @@ class Optimizer(torch.optim.Optimizer):
         maximize: step up the gradient instead of down.
         foreach, fused: accepted for torch's sake; every step here is fused.
         capturable: let the GPU count the steps and compute the scalars, so that a step can be part
-            of a CUDA graph; a ``lr`` that changes must then be a tensor on the GPU. There, states
-            have a ``step`` on the GPU in any rule. Does nothing for parameters on the CPU.
+            of a CUDA graph, which repeats settings that are numbers, or tensors on the CPU: one
+            that changes must be a tensor on the GPU, changed in place. Load state dicts before the
+            capture. States then have a ``step`` on the GPU, in any rule. Does nothing for
+            parameters on the CPU.
         differentiable: must be False.
         max_norm: clip the gradients by their global 2-norm over all parameters of the optimizer, as
             `torch.nn.utils.clip_grad_norm_` before the step would, but without writing to them.
@@ -44,7 +46,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64
-            for fp64 parameters); None where no group has a ``max_norm``.
+            for fp64 parameters); None where no group has a ``max_norm``. A CUDA graph's replay
+            writes to the tensor that this was when the step was captured.
 
     Raises:
         ValueError: a setting is out of range or not finite, or there is no such backend.
@@ -62,6 +65,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
+        self._captured: list[Any] = []  # what CUDA graphs use at their replays
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -79,13 +83,14 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not (scaling := Scaling.of(self)).on_device and scaling.skips:
-            self._measure(scaling.inv_scale)
+        rows = Rows(self)
+        if not rows.on_device and rows.scaling.skips:
+            self._measure(rows.inv_scale)
             return loss
         plan = self._plan
-        if plan is None or not plan.holds(self):
-            plan = Plan(self)
-        plan.run(self)
+        if plan is None or not plan.holds(self, rows):
+            plan = Plan(self, rows)
+        plan.run(self, rows)
         self._plan = plan if plan.reusable else None
         return loss
 
@@ -134,16 +139,13 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        names = {
-            param: self.rule.states(group)
-            for group in self.param_groups
-            for param in group["params"]
-        }
+        self._captured = getattr(self, "_captured", [])
+        groups = {param: group for group in self.param_groups for param in group["params"]}
         for key, values in self.state.items():
             if isinstance(values, dict):
                 for name, value in values.items():
                     if isinstance(value, _Saved):
-                        values[name] = value.restored(key, name, names.get(key))
+                        values[name] = value.restored(key, name, self.rule, groups.get(key))
 
 
 class _Saved:
@@ -152,13 +154,17 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
-    def restored(self, param: Any, name: str, names: tuple[str, ...] | None) -> Tensor:
-        """A copy as `param`, which has the states `names`, needs it; as it is for any other key."""
-        if names is None:
+    def restored(self, param: Any, name: str, rule: Rule, group: Group | None) -> Tensor:
+        """A copy as `param`, of a group, needs it; as it is for any other key."""
+        if group is None:
             return self.tensor
         if name == "step" and self.tensor.numel() == 1:
-            return torch.tensor(float(self.tensor), dtype=torch.float32, device="cpu")
-        dtype = reference.arithmetic_dtype(param) if name in names else self.tensor.dtype
+            on_device = group["capturable"] and param.is_cuda
+            device = param.device if on_device else torch.device("cpu")
+            return self.tensor.reshape(()).to(device, torch.float32, copy=True)
+        dtype = self.tensor.dtype
+        if name in rule.states(group):
+            dtype = reference.arithmetic_dtype(param)
         return self.tensor.to(param.device, dtype, copy=True)
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .devices import capturing, moved
 from .rules import Group, Rule
-from .scalars import Rows, Scaling, scalars_on_device
+from .scalars import Rows
 
 if TYPE_CHECKING:
     from ._C import Description
@@ -110,15 +111,23 @@ class Item:
 class Part:
     """The parameters on one device that the Triton backend updates."""
 
-    def __init__(self, number: int, rule: Rule, items: list[Item], on_device: bool) -> None:
+    def __init__(
+        self, number: int, optimizer: Optimizer, items: list[Item], on_device: bool
+    ) -> None:
         kernels = dispatch.triton_kernels()
         assert kernels is not None
+        rule = optimizer.rule
         self.number = number
-        self.items = items
-        self.device = items[0].param.device
+        self.params = [item.param for item in items]
+        self.device = self.params[0].device
         self.kernels = kernels
-        targets = [item.target(rule, not on_device) for item in items]
-        self.tensors = kernels.MultiTensor(rule.name, len(rule.scalar_names), targets, on_device)
+        self.tensors = kernels.MultiTensor(
+            rule.name,
+            len(rule.scalar_names),
+            [item.target(rule, not on_device) for item in items],
+            optimizer._captured,
+            on_device,
+        )
 
     def begin(self, native: Any, rows: Rows, scalars: bytes, n_rows: int) -> None:
         """Tells the device of a step: of its gradients, and of ``scalars`` or the settings."""
@@ -128,14 +137,19 @@ class Part:
             n_rows = len(rows.groups)
         else:
             row_of = native.scalars_of(self.number)
-        if not self.tensors.on_device and self.kernels.capturing(self.device):
+        if not self.tensors.on_device and self.is_captured:
             raise RuntimeError(
                 "a step that becomes part of a CUDA graph needs capturable=True, so that the GPU "
                 "computes its scalars at each replay"
             )
-        odd_grads = [self.items[i].param.grad for i in self.tensors.odd]
+        odd_grads = [self.params[i].grad for i in self.tensors.odd]
         grads = native.grads(self.number)
         self.tensors.begin(native.pattern(), grads, odd_grads, scalars, n_rows, row_of)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether what is launched now becomes part of a CUDA graph."""
+        return capturing(self.device)
 
 
 class Plan:
@@ -148,18 +162,15 @@ class Plan:
         RuntimeError, ValueError: something cannot be updated; nothing was changed.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, rows: Rows) -> None:
         self.rule = optimizer.rule
         self.groups = optimizer.param_groups
         self.state = optimizer.state
         self.names = [self.rule.states(group) for group in optimizer.param_groups]
         self.backend = optimizer.backend
-        self.on_device = scalars_on_device(optimizer)
+        self.on_device = rows.on_device
         # All that may raise comes before the states are made: they would pass for old ones later.
-        rows = Rows(self.rule, optimizer.param_groups)
-        if not self.on_device:
-            for g in range(len(optimizer.param_groups)):
-                rows.table(g, step=1.0)
+        rows.check()
         params = [
             (g, param, _item(optimizer, _Place(group, g, i), param, self.names[g]))
             for g, group in enumerate(optimizer.param_groups)
@@ -176,10 +187,16 @@ class Plan:
             if item.backend == "triton":
                 by_device.setdefault(item.param.device, []).append(item)
         self.parts = [
-            Part(number, self.rule, members, self.on_device)
+            Part(number, optimizer, members, self.on_device)
             for number, members in enumerate(by_device.values(), start=1)
         ]
-        part_of = {id(item): part.number for part in self.parts for item in part.items}
+        part_of = {
+            id(item): number
+            for number, members in enumerate(by_device.values(), start=1)
+            for item in members
+        }
+        # A graph copies the parts' tables at its replays: until then they are not there.
+        self.is_captured = any(part.is_captured for part in self.parts)
         #: Whether anything is updated outside of `parts`.
         self.on_host = any(id(item) not in part_of for item in items) or not self.parts
         self.native: Any = None  # there if `parts` are
@@ -206,9 +223,9 @@ class Plan:
     @property
     def reusable(self) -> bool:
         """Whether `holds` may be asked. If not, the plan keeps gradients alive: drop it."""
-        return self.native is not None and not self.others
+        return self.native is not None and not self.others and not self.is_captured
 
-    def holds(self, optimizer: Optimizer) -> bool:
+    def holds(self, optimizer: Optimizer, rows: Rows) -> bool:
         """Whether nothing has changed since the plan was made, except where the gradients are and
         which of them are None."""
         return (
@@ -216,53 +233,63 @@ class Plan:
             and self.backend == optimizer.backend
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
-            and self.on_device == scalars_on_device(optimizer)
+            and self.on_device == rows.on_device
             and self.names == [self.rule.states(group) for group in optimizer.param_groups]
             # Threads pay where they are awake for the update that follows.
             and self.native.refresh(torch.get_num_threads() if self.on_host else 1)
         )
 
-    def run(self, optimizer: Optimizer) -> None:
+    def run(self, optimizer: Optimizer, rows: Rows) -> None:
         """Makes the step, and sets ``optimizer.grad_norm``."""
-        groups = optimizer.param_groups
-        scaling = Scaling.of(optimizer)
-        # Where the host would have to wait for it, the parts see to the scaling themselves.
-        reads_scaling = self.on_host or not self.on_device
-        rows = Rows(self.rule, groups, scaling.inv_scale if reads_scaling else 1.0)
         # All that may raise comes before any change.
         cohorts = [] if self.native is None else self.native.cohorts()
         scalars = array("d", chain.from_iterable(rows.table(*cohort) for cohort in cohorts))
         for item in self.others:
+            if capturing(item.param.device):
+                raise RuntimeError(
+                    "a step of the reference backend cannot become part of a CUDA graph: see "
+                    "fastopt.backends() for why parameters on a GPU are not updated by triton"
+                )
             rows.table(item.group, self._next_step(item))
         for part in self.parts:
             part.begin(self.native, rows, scalars.tobytes(), len(cohorts))
+            if part.is_captured:
+                optimizer._captured.append((self, rows))
 
-        norm = None
-        partials: list[Any] = [None] * len(self.parts)
+        clips = any(group["max_norm"] is not None for group in optimizer.param_groups)
+        partials: list[Any] = self._partials() if clips else [None] * len(self.parts)
         optimizer.grad_norm = None
-        if any(group["max_norm"] is not None for group in groups):
-            partials = self._partials()
-            if self.on_host:
-                norm = self._norm(partials) * rows.inv_scale
-                optimizer.grad_norm = torch.tensor(norm, **self.norm_options)
-            if not self.on_device and rows.inv_scale != 1.0:
-                partials = [p * rows.inv_scale**2 for p in partials]
         for part, of_norm in zip(self.parts, partials, strict=True):
-            scale_there = scaling.to(part.device) if self.on_device else ()
-            found = part.tensors.update(of_norm, self.norm_options["dtype"], *scale_there)
+            scaling = rows.scaling.to(part.device) if self.on_device else ()
+            if not self.on_device and of_norm is not None and rows.inv_scale != 1:
+                of_norm = of_norm * rows.inv_scale**2
+            norm = part.tensors.update(of_norm, self.norm_options["dtype"], *scaling)
             if optimizer.grad_norm is None or part.device == self.norm_options["device"]:
-                optimizer.grad_norm = found
+                optimizer.grad_norm = norm
         if self.native is not None:
             # Autograd does not see writes through an address.
             torch.autograd.graph.increment_version(self.native.active_params())
-        if not self.on_host:
+        if self.on_host:
+            self._run_on_host(optimizer, rows, cohorts, partials if clips else None)
+        else:
             self.native.update([], 1)  # only counts
-        elif not scaling.skips:
-            self._update_on_host(rows, cohorts, norm)
 
-    def _update_on_host(
-        self, rows: Rows, cohorts: list[tuple[int, float]], norm: float | None
+    def _run_on_host(
+        self,
+        optimizer: Optimizer,
+        rows: Rows,
+        cohorts: list[tuple[int, float]],
+        partials: list[Any] | None,
     ) -> None:
+        norm = None
+        if partials is not None:
+            norm = self._norm(partials) * rows.inv_scale
+            if optimizer.grad_norm is None:
+                optimizer.grad_norm = torch.full((), norm, **self.norm_options)
+        if rows.scaling.skips:
+            if self.native is not None:
+                self.native.release()
+            return
         if self.native is not None:
             native_rows = [
                 (*rows.driver(group, norm), *rows.scalars(group, step)) for group, step in cohorts
@@ -294,11 +321,9 @@ class Plan:
             return partials
         totals = [part.kernels.total(p) for part, p in zip(self.parts, partials, strict=True)]
         if self.on_host:
-            totals.append(torch.tensor(self._sum_of_squares_on_host(), dtype=torch.float64))
-        return [
-            torch.stack([total.to(part.device, non_blocking=True) for total in totals])
-            for part in self.parts
-        ]
+            on_host = self._sum_of_squares_on_host()
+            totals.append(torch.full((), on_host, dtype=torch.float64, device="cpu"))
+        return [torch.stack([moved(total, part.device) for total in totals]) for part in self.parts]
 
     def _norm(self, partials: list[Any]) -> float:
         """The norm for what is updated on the host, which has to wait for the other parts."""
@@ -351,9 +376,10 @@ def _item(
         known = len(states) == len(names) and state and dispatch.fits(param, param)
         if not known or not all(dispatch.fits(param, tensor) for tensor in states.values()):
             return None
-        tensors = [param, *states.values()]
-        asked = "reference" if optimizer.backend == "reference" else "auto"
-        backend = dispatch.backend_for(tensors, asked, place)
+        try:
+            backend = dispatch.backend_for([param, *states.values()], optimizer.backend, place)
+        except RuntimeError:  # time enough when there is a gradient
+            return None
     else:
         dispatch.check(param, grad, place)
         dispatch.check_step(state.get("step", 0.0), place)
@@ -376,7 +402,7 @@ def _make_states(
         new = new_states(
             rule, groups[item.group], item.param, item.state, names[item.group], step_on
         )
-        if new and item.param.is_cuda and torch.cuda.is_current_stream_capturing():
+        if new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
                 "each replay: make one step before the capture"
@@ -409,8 +435,10 @@ def new_states(
     missing = [name for name in names if state.get(name) is None]
     new = {}
     if rule.counts_steps or (names and (step_on is not None or "step" in state)):
-        # Without a step, a rule that does not count has made the first one with its states.
-        step = state.get("step", 0.0 if rule.counts_steps or missing else 1.0)
+        # A rule that does not count makes its first step with the states.
+        step = state.get("step", 0.0 if rule.counts_steps else 1.0)
+        if missing and not rule.counts_steps:
+            step = 0.0
         device = step_on or torch.device("cpu")
         # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
         if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:

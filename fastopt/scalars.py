@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rules import Group, Rule
+from .devices import is_on_device, moved
+from .rules import Group
 
 if TYPE_CHECKING:
     from .optimizers import Optimizer
@@ -22,11 +24,6 @@ def clip_coef(norm: float, max_norm: float) -> float:
         return 1.0  # whatever the norm
     coef = max_norm / (norm + 1e-6)
     return 1.0 if coef > 1.0 else coef  # NaN stays
-
-
-def is_on_device(value: Any) -> TypeGuard[Tensor]:
-    """Whether the host would have to wait for a value."""
-    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 class Scaling(NamedTuple):
@@ -59,51 +56,77 @@ class Scaling(NamedTuple):
 
     def to(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """Both in the memory of a device."""
-        scale, found_inf = (
-            x.to(device, non_blocking=True) if isinstance(x, Tensor) else None for x in self
-        )
+        scale, found_inf = (moved(x, device) if isinstance(x, Tensor) else None for x in self)
         return scale, found_inf
 
 
-def scalars_on_device(optimizer: Optimizer) -> bool:
-    """Whether what a step depends on is known only to the device, so that the scalars must be
-    computed there, and the steps counted."""
-    return Scaling.of(optimizer).on_device or any(
-        group["capturable"] or any(map(is_on_device, optimizer.rule.settings(group)))
-        for group in optimizer.param_groups
-    )
-
-
 class Rows:
-    """The scalars of one step: computed once for all param groups of equal settings."""
+    """The scalars of one step: computed once for all param groups of equal settings.
 
-    def __init__(self, rule: Rule, groups: list[Group], inv_scale: float = 1.0) -> None:
-        self.rule = rule
-        self.groups = groups
-        self.inv_scale = inv_scale
-        self.hyperparameters: dict[int, tuple[Any, ...]] = {}  # of a group
-        self.known: dict[tuple[Any, float], tuple[float, ...]] = {}
+    Attributes:
+        on_device: what the step depends on is known only to the device, so that the scalars must be
+            computed there, and the steps counted.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.rule = optimizer.rule
+        self.groups = optimizer.param_groups
+        self.scaling = Scaling.of(optimizer)
+        first: dict[Any, int] = {}
+        self.like = [first.setdefault(self._key(group), g) for g, group in enumerate(self.groups)]
+        self.distinct = list(first.values())
+        self.on_device = self.scaling.on_device or any(
+            self.groups[g]["capturable"]
+            or any(map(is_on_device, self.rule.settings(self.groups[g])))
+            for g in self.distinct
+        )
+        self.known: dict[tuple[int, float], tuple[float, ...]] = {}
         self.kept: list[Tensor] = []  # until the kernels that read them have been launched
+
+    def _key(self, group: Group) -> Any:
+        key = tuple(map(group.get, (*self.rule.keys, *_CLIPPING, "capturable")))
+        try:
+            hash(key)
+        except TypeError:  # a list of betas
+            return object()
+        return key
+
+    @cached_property
+    def inv_scale(self) -> float:
+        return self.scaling.inv_scale
+
+    def check(self) -> None:
+        """Raises what the other methods would, without waiting for a device.
+
+        Raises:
+            ValueError: a setting is not finite, or out of range.
+        """
+        for g in self.distinct:
+            self.clipping(g)
+            settings = self.rule.settings(self.groups[g])
+            known = [setting for setting in settings if not is_on_device(setting)]
+            if len(known) == len(settings):
+                self.scalars(g, 1.0)
+            elif not all(map(math.isfinite, known)):
+                raise ValueError(f"a hyperparameter is not finite, nothing was changed: {known}")
 
     def scalars(self, group: int, step: float) -> tuple[float, ...]:
         """The rule's."""
-        if group not in self.hyperparameters:
-            self.hyperparameters[group] = self.rule.hyperparameters(self.groups[group])
-        key = (self.hyperparameters[group], step)
+        key = self.like[group], step
         if key not in self.known:
-            self.known[key] = self.rule.scalars_of(*key)
+            hyperparameters = self.rule.hyperparameters(self.groups[group])
+            self.known[key] = self.rule.scalars_of(hyperparameters, step)
         return self.known[key]
 
     def clipping(self, group: int) -> tuple[float, float, float]:
         """A factor for the gradient, the bound of its elements, and that of the norm."""
-        settings = self.groups[group]
-        bounds = {"clip_value": math.inf, "max_norm": math.inf}
-        for name in bounds:
-            if settings[name] is not None:
-                bounds[name] = settings[name]
-                if not bounds[name] >= 0:
-                    raise ValueError(f"Invalid {name} in param group {group}: {bounds[name]}")
-        return -1.0 if settings["maximize"] else 1.0, bounds["clip_value"], bounds["max_norm"]
+        maximize, clip_value, max_norm = map(self.groups[group].get, _CLIPPING)
+        clip_value = math.inf if clip_value is None else clip_value
+        max_norm = math.inf if max_norm is None else max_norm
+        for name, bound in (("clip_value", clip_value), ("max_norm", max_norm)):
+            if not bound >= 0:
+                raise ValueError(f"Invalid {name} in param group {group}: {bound}")
+        return -1.0 if maximize else 1.0, clip_value, max_norm
 
     def driver(self, group: int, norm: float | None) -> tuple[float, float]:
         """The gradient's factor and the bound of its elements, where the norm is known."""
@@ -118,24 +141,22 @@ class Rows:
         return (coef, clip_value, coef, max_norm, *self.scalars(group, step))
 
     def settings(self, device: torch.device, address_of: Callable[[Tensor], int]) -> bytes:
-        """The table of settings there; tensors on the device are not read."""
-        words = b""
-        for g, group in enumerate(self.groups):
+        """The table of settings there; tensors on a device are not read."""
+        rows = {}
+        for g in self.distinct:
             sign, clip_value, max_norm = self.clipping(g)
             values, addresses = array("d", (sign, clip_value, sign, max_norm)), array("q", [0] * 4)
-            for setting in self.rule.settings(group):
+            for setting in self.rule.settings(self.groups[g]):
                 if is_on_device(setting):
                     dtype = torch.float64 if setting.dtype == torch.float64 else torch.float32
-                    self.kept.append(setting.to(device, dtype, non_blocking=True))
+                    self.kept.append(moved(setting.to(dtype), device))
                     values.append(0.0)
                     addresses.append(address_of(self.kept[-1]))
                 else:
                     values.append(float(setting))
                     addresses.append(0)
-            if not all(map(math.isfinite, values[4:])):
-                raise ValueError(
-                    "a hyperparameter is not finite, nothing was changed: "
-                    f"{dict(zip(self.rule.keys, map(group.get, self.rule.keys), strict=True))}"
-                )
-            words += values.tobytes() + addresses.tobytes()
-        return words
+            rows[g] = values.tobytes() + addresses.tobytes()
+        return b"".join(map(rows.__getitem__, self.like))
+
+
+_CLIPPING = ("maximize", "clip_value", "max_norm")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastopt.devices import capturing, guard
+
 from . import rules
 from .norm import clip, reduce_chunks, reduce_partials
 from .tables import CHUNK, OWN, THREADS
+from .targets import Staged, Target, waves
 from .update import compute_scalars, update
+
+__all__ = ["INTERPRETED", "NO_GRAD", "MultiTensor", "Target", "address_of", "total"]
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -27,50 +30,35 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 NO_GRAD = -1  # in place of a gradient's address, as in csrc/plan.h
-# What CUDA graphs use, which do not tell when they are no longer replayed: some KiB for each.
-_captured: list[Any] = []
 INTERPRETED = not isinstance(update, triton.JITFunction)  # TRITON_INTERPRET=1
 
 
-@dataclass
-class Target:
-    """A tensor that is updated in place, of any layout.
+class _Chunks(NamedTuple):
+    """Some targets, cut into the chunks of a launch.
 
     Args:
-        param: the tensor.
-        grad: of the dtype and strides that its gradients will have.
-        states: those that the rule updates.
-        gap: before which of the states one is missing that the rule can have.
-        group: the row of the settings.
-        step: fp32, 0-dim, on the device; None where the host counts, or nobody.
+        programs: how many.
+        words: int64 [programs]: what `tables.locate` reads.
+        slots: int64 [programs]: places in the list of partial norms.
     """
 
-    param: Tensor
-    grad: Tensor
-    states: Sequence[Tensor] = ()
-    gap: int | None = None
-    group: int = 0
-    step: Tensor | None = None
+    programs: int
+    words: Tensor
+    slots: Tensor
 
 
-class _Launch(NamedTuple):
-    """An update of some targets.
+class _Kind(NamedTuple):
+    """What targets of one launch have in common.
 
     Args:
         wave: targets that share memory are updated one after the other, in launches of their own.
         dtypes: of parameter, gradient and states.
         gap: as in `Target`.
-        programs: how many.
-        chunks: int64 [programs]: what `tables.locate` reads.
-        slots: int64 [programs]: places in the list of partial norms.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
     gap: int | None
-    programs: int
-    chunks: Tensor
-    slots: Tensor
 
 
 class MultiTensor:
@@ -83,50 +71,52 @@ class MultiTensor:
         rule: the name of one in `rules`.
         n_scalars: how many scalars it takes.
         targets: at least one; all on one device.
+        captured: where to keep what a CUDA graph will use at its replays.
         on_device: the device counts the steps and computes the scalars.
     """
 
     def __init__(
-        self, rule: str, n_scalars: int, targets: Sequence[Target], on_device: bool = False
+        self,
+        rule: str,
+        n_scalars: int,
+        targets: Sequence[Target],
+        captured: list[Any],
+        on_device: bool = False,
     ) -> None:
         self.rule = rule
         self.n_scalars = n_scalars
+        self.captured = captured
         self.on_device = on_device
         self.device = targets[0].param.device
-        self.groups = [target.group for target in targets]
-        self.kinds = [
-            (
-                tuple(DTYPES[t.dtype] for t in (target.param, target.grad, *target.states)),
-                target.gap,
-            )
-            for target in targets
-        ]
+        self.staged = {i: Staged(target) for i, target in enumerate(targets) if target.is_odd}
+        written = [(target.param, *target.states) for target in targets]
+        for i, staged in self.staged.items():
+            written[i] = tuple(staged.written)
         self.numels = [target.param.numel() for target in targets]
-        self.extents = [_extent(target.param) for target in targets]
-        self.staged = {i: _Staged(target) for i, target in enumerate(targets) if _is_odd(target)}
-        n_states = max(len(target.states) for target in targets)
+        self.extents = [target.extent for target in targets]
+        self.kinds = [
+            (tuple(DTYPES[t.dtype] for t in (param, target.grad, *states)), target.gap)
+            for target, (param, *states) in zip(targets, written, strict=True)
+        ]
+        rows = max(map(len, written))
         columns = [
             [
                 target.param.numel(),
                 target.group,
                 0 if target.step is None else target.step.data_ptr(),
-                *(t.data_ptr() for t in self._written(i, target)),
-                *[0] * (n_states - len(target.states)),
+                *(tensor.data_ptr() for tensor in tensors),
+                *[0] * (rows - len(tensors)),
             ]
-            for i, target in enumerate(targets)
+            for target, tensors in zip(targets, written, strict=True)
         ]
+        n = len(targets)
+        self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64, device="cpu").t())
+        self.own_row = array("q", range(n)).tobytes()
         self.words = b""
-        self.words_there = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.words_there = self._empty(0)
+        self.scalars = self._empty(n if on_device else 0, OWN.value + n_scalars)
         self.pattern: object = None
-        self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64).t())
-        if on_device:
-            self.scalars = torch.empty(
-                (len(targets), OWN.value + n_scalars), dtype=torch.int64, device=self.device
-            )
-
-    def _written(self, index: int, target: Target) -> Sequence[Tensor]:
-        staged = self.staged.get(index)
-        return staged.copies if staged else (target.param, *target.states)
+        self.stream: object = None
 
     @property
     def odd(self) -> Sequence[int]:
@@ -155,29 +145,33 @@ class MultiTensor:
         if pattern != self.pattern:
             self._schedule([i for i, grad in enumerate(array("q", grads)) if grad != NO_GRAD])
             self.pattern = pattern
+        of_norm = b""
         if self.staged:
-            addresses = array("q", grads)
+            for_update, for_norm = array("q", grads), array("q", grads)
             for (i, staged), grad in zip(self.staged.items(), odd_grads, strict=True):
                 if grad is not None:
-                    addresses[i] = staged.take_grad(grad)
-            grads = addresses.tobytes()
+                    for_update[i], for_norm[i] = staged.take_grad(grad)
+            grads, of_norm = for_update.tobytes(), for_norm.tobytes()
         if row_of is None:
-            row_of = array("q", range(n)).tobytes()
-        words = self._follow(row_of + grads + rows)
+            row_of = self.own_row
+        words = self._follow(row_of + grads + of_norm + rows)
         self.n_rows, self.row_size = n_rows, len(rows) // (8 * max(n_rows, 1))
-        self.row_of, self.grads, self.rows = words[:n], words[n : 2 * n], words[2 * n :]
+        self.row_of, self.grads = words[:n], words[n : 2 * n]
+        self.norm_grads = words[2 * n : 3 * n] if of_norm else self.grads
+        self.rows = words[3 * n :] if of_norm else words[2 * n :]
+        self._share_with_stream()
 
     def norm_partials(self, order: float = 2.0) -> Tensor:
         """Of each chunk of the gradients the norm, to the power of its order 1, 2 or inf: fp64."""
-        with _guard(self.device):
-            for launch in self.launches:
-                reduce_chunks[(launch.programs,)](
+        with guard(self.device):
+            for dtype, chunks in self.norm_launches:
+                reduce_chunks[(chunks.programs,)](
                     self.tensors,
-                    self.grads,
-                    launch.chunks,
-                    launch.slots,
+                    self.norm_grads,
+                    chunks.words,
+                    chunks.slots,
                     self.partials,
-                    DTYPE=launch.dtypes[1],
+                    DTYPE=dtype,
                     ORDER=order,
                     **_options(),
                 )
@@ -204,30 +198,33 @@ class MultiTensor:
         norm = None
         if partials is not None:
             norm = torch.empty((), dtype=norm_dtype, device=self.device)
-        with _guard(self.device):
-            if not self.on_device and partials is not None:
-                clip[(1,)](
-                    partials,
-                    partials.shape[0],
-                    self.rows,
-                    self.n_rows,
-                    self.row_size,
-                    norm,
-                    ASSIGNS=self.rule == "assign",
-                    **_options(),
-                )
+        with guard(self.device):
+            if partials is not None and not self.on_device:
+                self._clip(partials, norm)
             for wave in range(self.n_waves):
                 if self.on_device:
                     self._compute_scalars(wave, partials, norm, grad_scale, found_inf)
-                members = [self.staged[i] for i in self.staged if self.waves[i] == wave]
-                for staged in members:
-                    staged.load()
-                for launch in self.launches:
-                    if launch.wave == wave:
-                        self._update(launch)
-                for staged in members:
-                    staged.store()
+                staged = [staged for i, staged in self.staged.items() if self.waves[i] == wave]
+                for target in staged:
+                    target.load()
+                for kind, chunks in self.launches:
+                    if kind.wave == wave:
+                        self._update(kind, chunks)
+                for target in staged:
+                    target.store()
         return norm
+
+    def _clip(self, partials: Tensor, norm: Tensor | None) -> None:
+        clip[(1,)](
+            partials,
+            partials.shape[0],
+            self.rows,
+            self.n_rows,
+            self.row_size,
+            norm,
+            ASSIGNS=self.rule == "assign",
+            **_options(),
+        )
 
     def _compute_scalars(
         self,
@@ -255,46 +252,65 @@ class MultiTensor:
             **_options(),
         )
 
-    def _update(self, launch: _Launch) -> None:
-        update[(launch.programs,)](
+    def _update(self, kind: _Kind, chunks: _Chunks) -> None:
+        update[(chunks.programs,)](
             self.tensors,
             self.grads,
             self.row_of,
-            launch.chunks,
+            chunks.words,
             self.scalars if self.on_device else self.rows,
             len(self.kinds),
             RULE=getattr(rules, self.rule),
             N_SCALARS=self.n_scalars,
-            GAP=launch.gap,
-            DTYPES=launch.dtypes,
+            GAP=kind.gap,
+            DTYPES=kind.dtypes,
             **_options(),
         )
 
     def _schedule(self, active: list[int]) -> None:
         """Plans the launches for the targets that have a gradient."""
-        n_chunks = [0] * len(self.kinds)
+        self.waves = waves(self.extents, active)
+        # A wave of nothing computes the norm all the same.
+        self.n_waves = max(0, *self.waves) + 1
+        slots = self._slots(active)
+        by_kind: dict[_Kind, list[int]] = {}
+        by_dtype: dict[tl.dtype, list[int]] = {}
         for i in active:
-            n_chunks[i] = triton.cdiv(self.numels[i], CHUNK.value)
-        slots = [0, *accumulate(n_chunks)]
-        self.waves = _waves(self.extents, active)
-        self.n_waves = max(self.waves, default=-1) + 1
-        members: dict[Any, list[int]] = {}
+            if self.numels[i]:
+                dtypes, gap = self.kinds[i]
+                by_kind.setdefault(_Kind(self.waves[i], dtypes, gap), []).append(i)
+                by_dtype.setdefault(dtypes[1], []).append(i)
+        self.launches = [(kind, self._cut(i, slots)) for kind, i in by_kind.items()]
+        if len(by_kind) == 1:  # the common case
+            self.norm_launches = [(kind.dtypes[1], chunks) for kind, chunks in self.launches]
+        else:
+            self.norm_launches = [(dtype, self._cut(i, slots)) for dtype, i in by_dtype.items()]
+        self.wave_of = self._upload(torch.tensor(self.waves, device="cpu"))
+        # A zero where there is no chunk.
+        self.partials = torch.zeros(max(slots[-1], 1), dtype=torch.float64, device=self.device)
+
+    def _slots(self, active: list[int]) -> list[int]:
+        """The place of each target's first chunk among all chunks."""
+        chunks = [0] * len(self.numels)
         for i in active:
-            if n_chunks[i]:
-                members.setdefault((self.waves[i], *self.kinds[i]), []).append(i)
-        self.launches = []
-        for (wave, dtypes, gap), targets in members.items():
-            sizes = torch.tensor([n_chunks[i] for i in targets])
-            programs = sum(n_chunks[i] for i in targets)
+            chunks[i] = triton.cdiv(self.numels[i], CHUNK.value)
+        return [0, *accumulate(chunks)]
+
+    def _cut(self, targets: list[int], slots: list[int]) -> _Chunks:
+        """The chunks of some targets."""
+        with torch.device("cpu"):
+            first = torch.tensor([slots[i] for i in targets])
+            sizes = torch.tensor([slots[i + 1] for i in targets]) - first
+            programs = sum(slots[i + 1] - slots[i] for i in targets)
             index = torch.arange(programs)
             index -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             target = torch.tensor(targets).repeat_interleave(sizes)
-            slot = torch.tensor([slots[i] for i in targets]).repeat_interleave(sizes)
-            chunks = self._upload(torch.stack([target << 32 | index, slot + index]))
-            self.launches.append(_Launch(wave, dtypes, gap, programs, *chunks))
-        self.wave_of = self._upload(torch.tensor(self.waves))
-        # One zero where there is no chunk.
-        self.partials = torch.zeros(max(slots[-1], 1), dtype=torch.float64, device=self.device)
+            words = target << 32 | index
+            table = torch.stack([words, first.repeat_interleave(sizes) + index])
+        return _Chunks(programs, *self._upload(table))
+
+    def _empty(self, *size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int64, device=self.device)
 
     def _follow(self, words: bytes) -> Tensor:
         """The words in the device's memory, copied only where they have changed."""
@@ -303,10 +319,11 @@ class MultiTensor:
             if capturing(self.device):
                 # Copied by the graph at each replay, to where no other step copies to.
                 there = self._upload(host)
-                _captured.append((self, there, self.launches, self.wave_of, self.partials))
+                self.captured.append((self, there, self.launches, self.wave_of, self.partials))
+                self.pattern = None  # what was uploaded since the capture began is not there yet
                 return there
             if len(words) != len(self.words):
-                self.words_there = torch.empty_like(host, device=self.device)
+                self.words_there = self._empty(len(host))
             self.words_there.copy_(self._pinned(host), non_blocking=True)
             self.words = words
         return self.words_there
@@ -320,14 +337,27 @@ class MultiTensor:
             return host
         pinned = host.pin_memory()
         if capturing(self.device):
-            _captured.append(pinned)
+            self.captured.append(pinned)
         return pinned
+
+    def _share_with_stream(self) -> None:
+        """Keeps memory that was allocated for one stream until another that uses it has done so."""
+        if self.device.type == "cpu" or capturing(self.device):
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self.stream:
+            tensors = [self.tensors, self.words_there, self.scalars, self.wave_of, self.partials]
+            for _, chunks in (*self.launches, *self.norm_launches):
+                tensors += [chunks.words, chunks.slots]
+            for tensor in tensors:
+                tensor.record_stream(stream)
+            self.stream = stream
 
 
 def total(partials: Tensor, order: float = 2.0) -> Tensor:
     """Reduces what `MultiTensor.norm_partials` returns: fp64, 0-dim."""
     result = torch.empty((), dtype=torch.float64, device=partials.device)
-    with _guard(partials.device):
+    with guard(partials.device):
         reduce_partials[(1,)](partials, partials.shape[0], result, ORDER=order, **_options())
     return result
 
@@ -335,75 +365,6 @@ def total(partials: Tensor, order: float = 2.0) -> Tensor:
 def address_of(tensor: Tensor) -> int:
     """Of a one-element tensor in the table of settings: odd for a double."""
     return tensor.data_ptr() + (tensor.dtype == torch.float64)
-
-
-class _Staged:
-    """Updates a target whose tensors do not lie alike through copies that do: in the memory order
-    of the gradient, which is the order of the norm."""
-
-    def __init__(self, target: Target) -> None:
-        self.dims = _order(target.grad)
-        self.views = [t.detach().permute(self.dims) for t in (target.param, *target.states)]
-        self.copies = [v.contiguous() for v in self.views]
-
-    def take_grad(self, grad: Tensor) -> int:
-        self.grad = grad.detach().permute(self.dims).contiguous()
-        return self.grad.data_ptr()
-
-    def load(self) -> None:
-        for copy, view in zip(self.copies, self.views, strict=True):
-            copy.copy_(view)
-
-    def store(self) -> None:
-        for copy, view in zip(self.copies, self.views, strict=True):
-            view.copy_(copy)
-
-
-def _order(tensor: Tensor) -> list[int]:
-    """The tensor's dimensions in the order of its memory."""
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-
-
-def _is_odd(target: Target) -> bool:
-    dims = _order(target.grad)
-    tensors = (target.param, target.grad, *target.states)
-    return not all(t.permute(dims).is_contiguous() for t in tensors)
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The addresses from the tensor's first element to the end of its last."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size()
-
-
-def _waves(extents: list[tuple[int, int]], active: list[int]) -> list[int]:
-    """For each active target, one more than the latest wave of the earlier ones that it shares
-    memory with; -1 for the others. Views that interleave count as sharing."""
-    waves = [-1] * len(extents)
-    for i in active:
-        waves[i] = 0
-    by_address = sorted(extents[i] for i in active if extents[i][1])
-    if all(a[1] <= b[0] for a, b in pairwise(by_address)):
-        return waves
-    for k, i in enumerate(active):  # quadratic, but only where any two do share
-        for j in active[:k]:
-            if extents[i][0] < extents[j][1] and extents[j][0] < extents[i][1]:
-                waves[i] = max(waves[i], waves[j] + 1)
-    return waves
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache

@@ -119,14 +119,14 @@ def test_without_torchs_c_interfaces():
     """An older torch: every step is planned anew, to the same effect."""
     code = (
         "import fastopt, torch\n"
-        "from fastopt import dispatch\n"
+        "from fastopt import dispatch, scalars\n"
         "{}\n"
         "for cls in fastopt.OPTIMIZERS:\n"
         "    torch.manual_seed(0)\n"
         "    p = torch.nn.Parameter(torch.randn(100)); o = cls([p], max_norm=1.0)\n"
         "    for _ in range(3):\n"
         "        p.grad = torch.randn(100); o.step()\n"
-        "    print(o._plan.holds(o), p.double().sum().item())"
+        "    print(o._plan.holds(o, scalars.Rows(o)), p.double().sum().item())"
     )
     fast = run_python(code.format("")).stdout
     slow = run_python(code.format("dispatch._connect = lambda extension: None")).stdout

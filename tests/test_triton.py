@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt import dispatch
+from fastopt import dispatch, scalars
 
 pytestmark = [
     pytest.mark.skipif(
@@ -274,7 +274,7 @@ class NoReads(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tensors that the host need not wait for are treated as if it had to."""
-    monkeypatch.setattr(fastopt.scalars, "is_on_device", torch.is_tensor)
+    monkeypatch.setattr(scalars, "is_on_device", torch.is_tensor)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -504,6 +504,11 @@ def test_other_devices(monkeypatch):
     dispatch._warn_once.cache_clear()
     tensor = SimpleNamespace(device=torch.device("mps"), is_neg=lambda: False)
     monkeypatch.setattr(dispatch, "_is_wrapper", lambda tensor: False)
+    cuda = SimpleNamespace(device=torch.device("cuda:1"), is_neg=lambda: False)
+    with pytest.warns(UserWarning, match="cuda parameters .* because TRITON_INTERPRET=1 is set"):
+        assert dispatch.backend_for([cuda], "auto", "a parameter") == "reference"
+    with pytest.raises(RuntimeError, match="is on cuda:1, which backend='triton' cannot update"):
+        dispatch.backend_for([cuda], "triton", "a parameter")
     with pytest.warns(UserWarning, match="mps parameters with its slow reference backend"):
         assert dispatch.backend_for([tensor], "auto", "a parameter") == "reference"
     with pytest.raises(RuntimeError, match="a parameter is on mps, which backend='triton' cannot"):

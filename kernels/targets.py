@@ -1,0 +1,107 @@
+"""The tensors that a launch updates, wherever and however they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Target:
+    """A tensor that is updated in place, of any layout.
+
+    Args:
+        param: the tensor.
+        grad: of the dtype and strides that its gradients will have.
+        states: those that the rule updates.
+        gap: before which of the states one is missing that the rule can have.
+        group: the row of the settings.
+        step: fp32, 0-dim, on the device; None where the host counts, or nobody.
+    """
+
+    param: Tensor
+    grad: Tensor
+    states: Sequence[Tensor] = ()
+    gap: int | None = None
+    group: int = 0
+    step: Tensor | None = None
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether its tensors have gaps, or lie in different orders: kernels need `Staged` then."""
+        dims = _memory_order(self.param)
+        tensors = (self.param, self.grad, *self.states)
+        return not all(tensor.permute(dims).is_contiguous() for tensor in tensors)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The addresses from the parameter's first element to the end of its last."""
+        begin = self.param.data_ptr()
+        if self.param.numel() == 0:
+            return begin, begin
+        sizes = zip(self.param.shape, self.param.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in sizes)
+        return begin, begin + (last + 1) * self.param.element_size()
+
+
+class Staged:
+    """Stands in for a target: without gaps, all in the memory order of the parameter."""
+
+    def __init__(self, target: Target) -> None:
+        self.dims = _memory_order(target.param)
+        views = [t.detach().permute(self.dims) for t in (target.param, *target.states)]
+        self.written = [view.contiguous() for view in views]
+        self.copies = [(c, v) for c, v in zip(self.written, views, strict=True) if c is not v]
+        self.grads: tuple[Tensor, ...] = ()
+
+    def take_grad(self, grad: Tensor) -> tuple[int, int]:
+        """The gradient's addresses for the update, and for the norm, which goes by the gradient's
+        own memory order."""
+        orders = self.dims, _memory_order(grad)
+        # Kept until the kernels that read them have been launched.
+        self.grads = tuple(grad.detach().permute(dims).contiguous() for dims in orders)
+        return self.grads[0].data_ptr(), self.grads[1].data_ptr()
+
+    def load(self) -> None:
+        for copy, view in self.copies:
+            copy.copy_(view)
+
+    def store(self) -> None:
+        for copy, view in self.copies:
+            view.copy_(copy)
+        self.grads = ()
+
+
+def waves(extents: Sequence[tuple[int, int]], active: Sequence[int]) -> list[int]:
+    """For each active target, one more than the latest wave of the earlier ones that it shares
+    memory with; -1 for the others. Views that interleave count as sharing."""
+    found = [-1] * len(extents)
+    for i in active:
+        found[i] = 0
+    by_address = sorted((extents[i], i) for i in active if extents[i][0] < extents[i][1])
+    cluster: list[int] = []
+    end = 0
+    for (begin, stop), i in by_address:
+        if begin >= end:
+            _number(cluster, extents, found)
+            cluster = []
+        cluster.append(i)
+        end = max(end, stop)
+    _number(cluster, extents, found)
+    return found
+
+
+def _number(cluster: list[int], extents: Sequence[tuple[int, int]], found: list[int]) -> None:
+    """Numbers the waves of targets that are connected by shared memory."""
+    cluster = sorted(cluster)
+    for k, i in enumerate(cluster):
+        for j in cluster[:k]:
+            if extents[i][0] < extents[j][1] and extents[j][0] < extents[i][1]:
+                found[i] = max(found[i], found[j] + 1)
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    """The tensor's dimensions from the largest stride to the smallest."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
