@@ -1,6 +1,7 @@
 """The Triton backend gives the bits of the reference, here in Triton's interpreter."""
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt import dispatch, scalars
+from fastopt import dispatch, plan, scalars
 
 pytestmark = [
     pytest.mark.skipif(
@@ -514,3 +515,138 @@ def test_other_devices(monkeypatch):
     with pytest.raises(RuntimeError, match="a parameter is on mps, which backend='triton' cannot"):
         dispatch.backend_for([tensor], "triton", "a parameter")
     dispatch._warn_once.cache_clear()
+
+
+def test_no_gradient_at_all():
+    """The norm is 0 then, on the device too."""
+    for capturable in (False, True):
+        params = new_params([(3,), ()])
+        optimizer = fastopt.AdamW(params, max_norm=1.0, backend="triton", capturable=capturable)
+        set_grads(params, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.grad_norm == 0
+
+
+def test_gradients_are_not_kept():
+    """Neither those that a plan is made with, nor those that had to be copied."""
+    param = torch.nn.Parameter(torch.zeros(3, 5))
+    optimizer = fastopt.SGD([param], max_norm=1.0, backend="triton")
+    for _ in range(2):
+        param.grad = torch.ones(5, 3).t()
+        grad = weakref.ref(param.grad.untyped_storage())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert grad() is None
+
+
+def test_default_device():
+    """What the kernels read is made on the host, whatever torch.set_default_device says."""
+    params = new_params([(3,), (4, 4)])
+    params[1].grad = torch.ones(4, 4).t()
+    params[0].grad = torch.ones(3)
+    optimizer = fastopt.AdamW(params, max_norm=1.0, backend="triton")
+    with torch.device("meta"):
+        optimizer.step()
+        fastopt.clip_grad_norm_(params, 1.0)
+
+
+def test_kernels_are_imported_on_demand():
+    """Not by a step on the CPU, which does not start CUDA either."""
+    found = run_python(
+        "import sys, torch, fastopt\n"
+        "p = torch.nn.Parameter(torch.ones(1)); p.grad = torch.ones(1)\n"
+        "fastopt.AdamW([p], max_norm=1.0).step()\n"
+        "print('fastopt.kernels' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert found.stdout == "False False\n"
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Turns on and off that launches become part of a graph; its replays are left to GPU tests."""
+
+    def switch(on):
+        for module in (plan, dispatch.triton_kernels()):
+            monkeypatch.setattr(module, "capturing", lambda device: on)
+
+    return switch
+
+
+def test_captured_steps_have_tables_of_their_own(capture):
+    params = new_params([(3,), (5,)])
+    optimizer = fastopt.AdamW(params, max_norm=1.0, capturable=True, backend="triton")
+    set_grads(params, 0)
+    optimizer.step()
+    tensors = optimizer._plan.parts[0].tensors
+    before = tensors.words_there, tensors.words_there.clone()
+    capture(True)
+    params[0].grad = None  # another pattern
+    set_grads(params[1:], 1)
+    optimizer.step()
+    assert tensors.words_there is before[0]
+    assert torch.equal(*before)
+    kept = [item for item in optimizer._captured if isinstance(item, tuple)]
+    assert any(item[0] is tensors and item[1] is not before[0] for item in kept)
+    capture(False)
+    set_grads(params, 2)
+    optimizer.step()
+    other = fastopt.AdamW(new_params([(3,), (5,)]), max_norm=1.0, backend="reference")
+    for step in range(3):
+        set_grads(other.param_groups[0]["params"], step)
+        if step == 1:
+            other.param_groups[0]["params"][0].grad = None
+            set_grads(other.param_groups[0]["params"][1:], 1)
+        other.step()
+    assert_same_bits(finish(optimizer), finish(other))
+
+
+def test_a_plan_made_in_a_capture_is_not_kept(capture):
+    """Its tables are there only after a replay."""
+    params = new_params([(3,)])
+    optimizer = fastopt.SGD(params, capturable=True, backend="triton")
+    set_grads(params, 0)
+    capture(True)
+    optimizer.step()
+    assert optimizer._plan is None
+    assert optimizer._captured
+
+
+def test_what_cannot_be_captured(capture):
+    capture(True)
+    for capturable, message in ((False, "needs capturable=True"), (True, "make one step before")):
+        params = new_params([(3,)])
+        set_grads(params, 0)
+        cls = fastopt.AdamW if capturable else fastopt.SGD
+        optimizer = cls(params, capturable=capturable, backend="triton")
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert_same_bits(params, new_params([(3,)]))
+    optimizer = fastopt.SGD(params, backend="reference")
+    with pytest.raises(RuntimeError, match="reference backend cannot become part of a CUDA graph"):
+        optimizer.step()
+
+
+def test_a_deleted_momentum_buffer_starts_anew():
+    params = new_params([(3,)])
+    flags = {"lr": 1.0, "momentum": 0.9, "dampening": 0.5, "backend": "triton"}
+    optimizer = fastopt.SGD(params, **flags, capturable=True)
+    for _ in range(2):
+        set_grads(params, 0)
+        optimizer.step()
+        optimizer.state[params[0]].pop("momentum_buffer")
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert_same_bits(params, [before - params[0].grad])
+
+
+def test_invalid_settings_make_no_states():
+    for backend in ("triton", "cpp"):
+        params = new_params([(3,)])
+        set_grads(params, 0)
+        optimizer = fastopt.SGD(params, momentum=0.9, capturable=True, backend=backend)
+        optimizer.param_groups[0]["lr"] = math.inf
+        with pytest.raises(ValueError, match="not finite"):
+            optimizer.step()
+        assert not optimizer.state
