@@ -49,8 +49,6 @@ from .workloads import Workload
 
 RESULTS = Path(__file__).with_name("results")
 MAIN = "AdamW"
-LARGE, MEDIUM = "tinyllama-1.1b", "gpt2"
-SMALL = workloads.many_small(1000, 1000)
 PARTS = ("large", "medium", "small", "overhead", "startup")
 ROUNDS = 20
 COPY = 4 << 30  # bytes: far more than any cache holds
@@ -121,7 +119,8 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     available = workloads.load()
     if options.quick:
         available = {name: found.head(QUICK_ELEMENTS) for name, found in available.items()}
-    large, medium = available[LARGE], available[MEDIUM]
+    large, medium = available[gpu_report.LARGE], available[gpu_report.MEDIUM]
+    small = workloads.many_small(1000, 1000)
     low = replace(large, dtype=torch.bfloat16)
     # The rule that matters most comes first, in case that time runs out.
     for part, rule in product(options.part, sorted(rules(), key=lambda rule: rule.title != MAIN)):
@@ -134,7 +133,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             both = [device_clock, host_clock]
             yield f"{medium.name}, {rule.name}", partial(measured, rule, medium, both, peers=peers)
         elif part == "small":
-            yield f"{SMALL.name}, {rule.name}", partial(measured, rule, SMALL, [host_clock])
+            yield f"{small.name}, {rule.name}", partial(measured, rule, small, [host_clock])
         elif part == "overhead":
             steps = partial(
                 measured, rule, time=[host_clock], operations=[OPERATION], peers=[TorchFused]

@@ -696,7 +696,7 @@ def test_memory_does_not_grow(cls):
         pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
         return torch.cuda.memory_allocated(), pinned
 
-    assert steps(20) == steps(100)
+    assert steps(36) == steps(108)  # of which the last has the same gradients
 
 
 # Beside torch.optim
