@@ -1,6 +1,7 @@
-"""Benchmarks: ``python -m bench``.
+"""Benchmarks: ``python -m bench`` on a CPU, ``python -m bench.gpu`` on a GPU.
 
 ``workloads`` says what the optimizers run on, ``contenders`` who runs, ``bound`` what the memory
-allows, ``measure`` how it is timed, ``report`` how it is told. ``instructions`` counts instructions
-instead of time.
+allows, ``clocks`` and ``measure`` how it is timed, ``report`` how it is told; for a GPU,
+``gpu_report`` and ``gpu_picture`` are. ``overhead`` is the host's time by the number of tensors,
+``startup`` that of a process's first step. ``instructions`` counts instructions instead of time.
 """

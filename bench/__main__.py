@@ -1,8 +1,8 @@
 """``python -m bench``: fastopt against torch.optim and against what the memory allows."""
 
 import argparse
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import machine, report, workloads
-from .contenders import rules
+from . import clocks, machine, report, workloads
+from .arguments import at_least, existing, one_of
+from .contenders import TorchFused, rules
+from .jobs import Failure, Job, run
 from .measure import NAMES, Row, Skip, measure
-from .overhead import Slope, sweep
+from .overhead import OPERATION, Slope, sweep
 
 SWEEP = "overhead"  # a workload of its own kind
 RESULTS = Path(__file__).with_name("results")
@@ -23,8 +24,6 @@ ROUNDS = 11
 QUICK_ROUNDS = 5
 FILE_WIDTH = 120  # where the output is no terminal
 SMALL_FACTOR = 4  # rounds of small workloads are cheap, and their times scatter more
-
-Job = tuple[str, Callable[[], Iterable[Row | Slope | Skip]]]
 
 
 def main() -> None:
@@ -52,11 +51,13 @@ def main() -> None:
         "rows": [asdict(row) for row in results if isinstance(row, Row)],
         "overhead": [asdict(slope) for slope in results if isinstance(slope, Slope)],
         "skipped": [asdict(skip) for skip in results if isinstance(skip, Skip)],
+        "failed": [asdict(failure) for failure in results if isinstance(failure, Failure)],
     }
     path = options.json or RESULTS / f"{machine.slug()}-{date:%Y-%m-%d}.json"
     report.save(made, path)
     report.show(made, console)
     console.print(f"Saved as {path}")
+    sys.exit(bool(made["failed"]))
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -68,32 +69,26 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
         for rule in chosen:
             title = f"{name}, {rule.name}"
             if name == SWEEP:
-                yield title, partial(sweep, rule, small_rounds)
+                measured = partial(
+                    measure,
+                    rule,
+                    rounds=small_rounds,
+                    operations=[OPERATION],
+                    peers=[TorchFused],
+                    with_bound=False,
+                )
+                yield title, partial(sweep, rule, measured, clocks.WALL)
             else:
                 rounds = small_rounds if available[name].small else options.rounds
                 yield title, partial(measure, rule, available[name], rounds)
 
 
-def run(work: Sequence[Job], console: Console) -> list[Row | Slope | Skip]:
-    """All results, or with Ctrl-C those that are finished."""
-    results: list[Row | Slope | Skip] = []
-    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(work))
-        try:
-            for title, job in work:
-                progress.update(task, description=title)
-                results += job()
-                progress.advance(task)
-        except KeyboardInterrupt:
-            console.print("Interrupted: what follows is what was finished.")
-    return results
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     titles = list({rule.title: None for rule in rules()})
-    names = [SWEEP, *workloads.load()]
+    available = workloads.load()
+    names = [SWEEP, *available]
+    usual = [name for name in names if name == SWEEP or not available[name].large]
     parser.add_argument(
         "--rule",
         action="append",
@@ -106,7 +101,7 @@ def parse() -> argparse.Namespace:
         action="append",
         type=one_of(names),
         metavar="WORKLOAD",
-        help=f"{', '.join(names)}; may be repeated (default: all)",
+        help=f"{', '.join(names)}; may be repeated (default: all but the largest)",
     )
     parser.add_argument(
         "--all-variants", action="store_true", help="every kernel of a rule, not only the default"
@@ -125,42 +120,9 @@ def parse() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.rule = options.rule or titles
-    options.workload = options.workload or names
+    options.workload = options.workload or usual
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     return options
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """An argument type: one of the names, in whatever case."""
-
-    def choose(text: str) -> str:
-        by_case = {name.lower(): name for name in names}
-        if text.lower() in by_case:
-            return by_case[text.lower()]
-        nearest = difflib.get_close_matches(text.lower(), by_case, n=1, cutoff=0)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not known; did you mean {by_case[nearest[0]]}?"
-        )
-
-    return choose
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argument type: a whole number with a lower bound."""
-
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
-        return int(text)
-
-    return whole
-
-
-def existing(text: str) -> Path:
-    """An argument type: a file that is there."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    return Path(text)
 
 
 if __name__ == "__main__":

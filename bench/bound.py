@@ -1,4 +1,7 @@
-"""The physical bound: how long the memory traffic of a step takes with no optimizer around it."""
+"""The physical bound: how long the memory traffic of a step takes with no optimizer around it.
+
+On a CPU that is a bare loop with the same reads and writes; on a GPU, what a copy can move.
+"""
 
 import ctypes
 from array import array
@@ -32,14 +35,22 @@ def traffic(optimizer: Optimizer) -> Traffic:
 
 
 def states(state: dict[str, Any]) -> Iterator[Tensor]:
-    """The states that have an element per parameter; ``step`` is one number."""
-    return (value for name, value in state.items() if name != "step" and isinstance(value, Tensor))
+    """The states that have an element per parameter; ``step`` is one number.
+
+    One that is quantised consists of several tensors, which are attributes of whatever it is.
+    """
+    for name, value in state.items():
+        if type(value) is Tensor and name != "step":
+            yield value
+        elif name != "step":
+            parts = getattr(value, "__dict__", {}).values()
+            yield from (part for part in parts if isinstance(part, Tensor))
 
 
-def bytes_moved(moved: Traffic, clip: bool) -> int:
-    """The least that one step moves; a global norm takes one more pass over the gradients."""
+def bytes_moved(moved: Traffic, clip_passes: int) -> int:
+    """The least that one step moves, with so many more passes over the gradients for clipping."""
     return sum(
-        grad.nbytes * (2 if clip else 1) + 2 * sum(tensor.nbytes for tensor in updated)
+        grad.nbytes * (1 + clip_passes) + 2 * sum(tensor.nbytes for tensor in updated)
         for grad, *updated in moved
     )
 
@@ -87,3 +98,20 @@ class Bound:
         address, _ = self.chunks.buffer_info()
         mask = 0
         self.loop(address, self.n_chunks, self.updated, self.clip, mask, torch.get_num_threads())
+
+
+class Copy:
+    """A contender that copies within the device's memory, whatever the others do."""
+
+    name = "copy"
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.source = torch.ones(size, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+        self.bytes_moved = 2 * size  # read and written
+
+    def set_clip(self, clip: bool) -> None:
+        pass
+
+    def run(self) -> None:
+        self.target.copy_(self.source)

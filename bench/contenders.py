@@ -1,9 +1,11 @@
-"""Who is measured: fastopt, and torch.optim in its two fast forms."""
+"""Who is measured: fastopt, torch.optim in its two fast forms, and on a GPU other packages."""
 
+import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +53,8 @@ class Contender(ABC):
     """One way to do the optimizer's work of an iteration on given parameters."""
 
     name: ClassVar[str]
+    #: How many more passes over the gradients, reads or writes, a step makes where it clips.
+    clip_passes: ClassVar[int]
     clip = False
 
     def __init__(self, rule: Rule, params: list[Tensor]) -> None:
@@ -72,6 +76,7 @@ class Contender(ABC):
 
 class Fastopt(Contender):
     name = "fastopt"
+    clip_passes = 1
 
     def build(self, rule: Rule) -> Optimizer:
         optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
@@ -82,12 +87,37 @@ class Fastopt(Contender):
             group["max_norm"] = MAX_NORM if clip else None
 
 
-class Torch(Contender):
-    """torch.optim's class of the same name, with one implementation chosen.
+class FastoptLowStates(Fastopt):
+    """With states of the parameters' dtype, as torch's are where that is bf16."""
 
-    Its clipping rescales the gradients themselves. Those that are not renewed have norm 1 from the
-    second round on, which changes nobody's work or traffic.
+    name = "fastopt, 16-bit states"
+
+    def build(self, rule: Rule) -> Optimizer:
+        optimizer = super().build(rule)
+        optimizer.step()
+        for param, state in optimizer.state.items():
+            for name in state.keys() - {"step"}:
+                state[name] = state[name].to(param.dtype)
+        return optimizer
+
+
+class ClipsApart(Contender):
+    """What has no clipping of its own, and gets torch's.
+
+    That rescales the gradients themselves. Those that are not renewed have norm 1 from the second
+    round on, which changes nobody's work or traffic.
     """
+
+    clip_passes = 3  # the norm reads, the scaling reads and writes
+
+    def run(self) -> None:
+        if self.clip:
+            clip_grad_norm_(self.params, MAX_NORM)
+        self.optimizer.step()
+
+
+class Torch(ClipsApart):
+    """torch.optim's class of the same name, with one implementation chosen."""
 
     implementation: ClassVar[str]
 
@@ -98,11 +128,6 @@ class Torch(Contender):
         optimizer: Optimizer = peer(self.params, lr=LR, **{self.implementation: True}, **rule.flags)
         return optimizer
 
-    def run(self) -> None:
-        if self.clip:
-            clip_grad_norm_(self.params, MAX_NORM)
-        self.optimizer.step()
-
 
 class TorchFused(Torch):
     name = "torch fused"
@@ -112,3 +137,61 @@ class TorchFused(Torch):
 class TorchForeach(Torch):
     name = "torch foreach"
     implementation = "foreach"
+
+
+class Package(ClipsApart):
+    """Another package's optimizer, where that is installed; its own defaults."""
+
+    module: ClassVar[str]
+    #: By the rule's title: the class, and what makes it that rule.
+    classes: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]]
+
+    def build(self, rule: Rule) -> Optimizer:
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError as error:
+            raise UnavailableError(str(error)) from None
+        if rule.title not in self.classes:
+            raise UnavailableError(f"it has no {rule.title}")
+        name, settings = self.classes[rule.title]
+        optimizer: Optimizer = getattr(module, name)(self.params, lr=LR, **settings, **rule.flags)
+        return optimizer
+
+
+class Optimi(Package):
+    name = "optimi"
+    module = "optimi"
+    classes = MappingProxyType({title: (title, {}) for title in ("SGD", "Adam", "AdamW")})
+
+
+class FlashOptim(Package):
+    name = "flashoptim"
+    module = "flashoptim"
+    classes = MappingProxyType({title: (f"Flash{title}", {}) for title in ("SGD", "Adam", "AdamW")})
+
+
+class BitsAndBytes(Package):
+    name = "bitsandbytes"
+    module = "bitsandbytes.optim"
+    classes = MappingProxyType(
+        {title: (title, {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
+    )
+
+
+class Apex(Package):
+    name = "apex"
+    module = "apex.optimizers"
+    classes = MappingProxyType(
+        {
+            "SGD": ("FusedSGD", {}),
+            "Adagrad": ("FusedAdagrad", {}),
+            "Adam": ("FusedAdam", {"adam_w_mode": False}),
+            "AdamW": ("FusedAdam", {"adam_w_mode": True}),
+        }
+    )
+
+
+class TorchAO(Package):
+    name = "torchao 8-bit"
+    module = "torchao.optim"
+    classes = MappingProxyType({"Adam": ("Adam8bit", {}), "AdamW": ("AdamW8bit", {})})

@@ -1,5 +1,6 @@
 """What a figure was measured on."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -31,14 +32,39 @@ def versions() -> dict[str, str]:
     return {
         "fastopt": fastopt.__version__,
         "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         "compiler": first_line("cc", "--version"),
     }
 
 
+def version_of(package: str) -> str:
+    """Empty where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def commit() -> str:
-    """The commit measured, marked where the working tree differs from it."""
-    return first_line("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty")
+    """The commit measured, marked where the working tree differs from it.
+
+    Where the sources came without their repository, the environment variable COMMIT tells it.
+    """
+    described = first_line("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty")
+    return described or os.environ.get("COMMIT", "unknown")
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "multiprocessors": found.multi_processor_count,
+        "capability": f"{found.major}.{found.minor}",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    }
 
 
 def cpu() -> str:
@@ -48,8 +74,13 @@ def cpu() -> str:
 
 def slug() -> str:
     """A file name's part for this machine: its CPU and the threads in use."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|CPU|@.*", "", cpu()).lower())
-    return "-".join([*words, f"{torch.get_num_threads()}t"])
+    name = re.sub(r"\(\w+\)|CPU|@.*", "", cpu())
+    return f"{dashed(name)}-{torch.get_num_threads()}t"
+
+
+def dashed(name: str) -> str:
+    """A name as a part of a file name."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def last_level_cache() -> str:

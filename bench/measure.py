@@ -12,14 +12,15 @@ machine for a while, it slows both. Quartiles are given beside each.
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import quantiles
-from time import perf_counter_ns
 from typing import Protocol
 
 from . import bound
+from .clocks import Clock, wall
 from .contenders import Contender, Fastopt, Rule, TorchForeach, TorchFused, UnavailableError
 from .workloads import Workload
 
@@ -44,14 +45,16 @@ class Row:
 
     rule: str
     workload: str
+    dtype: str
     operation: str
+    clock: str
     contender: str
     rounds: int
     median_ns: float
     quartiles_ns: tuple[float, float]
     ratio: float
     ratio_quartiles: tuple[float, float]
-    bytes_per_element: float  # that the operation needs, whatever the contender moves
+    bytes_per_element: float  # that the operation needs, whatever else the contender moves
     gb_per_s: float
     working_set_mb: float
 
@@ -93,41 +96,76 @@ def measure(
             contenders.append(bound.Bound(moved))
         except UnavailableError as reason:
             yield Skip(rule.name, bound.Bound.name, str(reason))
+    prepare = partial(workload.renew_gradients, params)
     for operation in operations:
         clip = OPERATIONS[operation]
-        for contender in contenders:
-            contender.set_clip(clip)
-        samples = interleave(contenders, rounds, partial(workload.renew_gradients, params))
-        needed = bound.bytes_moved(moved, clip)
+        needed = bound.bytes_moved(moved, Fastopt.clip_passes if clip else 0)
+        yield from compare(
+            rule,
+            workload,
+            operation,
+            contenders,
+            dict.fromkeys((contender.name for contender in contenders), needed),
+            bound.working_set(moved),
+            rounds,
+            prepare,
+        )
+
+
+def compare(
+    rule: Rule,
+    workload: Workload,
+    operation: str,
+    contenders: Sequence[Timed],
+    needed: Mapping[str, int],
+    working_set: int,
+    rounds: int,
+    prepare: Callable[[], None],
+    clock: Clock = wall,
+) -> Iterator[Row]:
+    """The rows of one operation.
+
+    Args:
+        contenders: fastopt first.
+        needed: the bytes that each of them has to move.
+        working_set: the bytes that they touch.
+        prepare, clock: see `interleave`.
+    """
+    for contender in contenders:
+        contender.set_clip(OPERATIONS[operation])
+    for what, samples in interleave(contenders, rounds, prepare, clock).items():
         for name, times in samples.items():
             low, median, high = quantiles(times, n=4, method="inclusive")
-            ratios = [time / base for time, base in zip(times, samples[ours.name], strict=True)]
+            ratios = [a / b for a, b in zip(times, samples[contenders[0].name], strict=True)]
             ratio_low, ratio, ratio_high = quantiles(ratios, n=4, method="inclusive")
             yield Row(
                 rule=rule.name,
                 workload=workload.name,
+                dtype=str(workload.dtype).removeprefix("torch."),
                 operation=operation,
+                clock=what,
                 contender=name,
                 rounds=rounds,
                 median_ns=median,
                 quartiles_ns=(low, high),
                 ratio=round(ratio, 4),
                 ratio_quartiles=(round(ratio_low, 4), round(ratio_high, 4)),
-                bytes_per_element=needed / workload.elements,
-                gb_per_s=round(needed / median, 2),
-                working_set_mb=round(bound.working_set(moved) / 1e6, 1),
+                bytes_per_element=round(needed[name] / workload.elements, 2),
+                gb_per_s=round(needed[name] / median, 2),
+                working_set_mb=round(working_set / 1e6, 1),
             )
 
 
 def interleave(
-    contenders: Sequence[Timed], rounds: int, prepare: Callable[[], None]
-) -> dict[str, list[int]]:
-    """Nanoseconds of every round, by contender.
+    contenders: Sequence[Timed], rounds: int, prepare: Callable[[], None], clock: Clock
+) -> dict[str, dict[str, list[int]]]:
+    """Nanoseconds of every round, by what they are and by contender.
 
     Args:
         prepare: what an iteration does before the optimizer's turn; not timed.
+        clock: times one turn.
     """
-    samples: dict[str, list[int]] = {contender.name: [] for contender in contenders}
+    samples: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     order = random.Random(0)
     gc.collect()
     gc.disable()
@@ -136,11 +174,10 @@ def interleave(
             # A new order each time: nobody always follows the same one.
             for contender in order.sample(contenders, len(contenders)):
                 prepare()
-                start = perf_counter_ns()
-                contender.run()
-                elapsed = perf_counter_ns() - start
+                times = clock(contender.run)
                 if number >= WARMUP:
-                    samples[contender.name].append(elapsed)
+                    for what, elapsed in times.items():
+                        samples[what][contender.name].append(elapsed)
     finally:
         gc.enable()
     return samples

@@ -5,13 +5,13 @@ has, which is small beside the work of finding them: an upper bound on the overh
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import linear_regression
 
-from .contenders import Rule, TorchFused
-from .measure import Row, Skip, measure
-from .workloads import many_small
+from .contenders import Rule
+from .measure import Row, Skip
+from .workloads import Workload, many_small
 
 COUNTS = (500, 1000, 2000, 4000)
 OPERATION = "step"
@@ -28,17 +28,22 @@ class Slope:
     medians_us: dict[int, float]  # by number of tensors
 
 
-def sweep(rule: Rule, rounds: int) -> Iterator[Slope | Skip]:
-    """The slope of each contender on one rule, with fresh gradients each step."""
+def sweep(
+    rule: Rule, measure: Callable[[Workload], Iterable[Row | Skip]], clock: str
+) -> Iterator[Slope | Skip]:
+    """The slope of each contender on one rule.
+
+    Args:
+        measure: the rows of a workload, of `OPERATION` alone.
+        clock: which of them count.
+    """
     medians: dict[str, dict[int, float]] = defaultdict(dict)
     for count in COUNTS:
-        for result in measure(
-            rule, many_small(count), rounds, [OPERATION], peers=[TorchFused], with_bound=False
-        ):
-            if isinstance(result, Row):
-                medians[result.contender][count] = result.median_ns / 1e3
-            else:
+        for result in measure(many_small(count)):
+            if isinstance(result, Skip):
                 yield result
+            elif result.clock == clock:
+                medians[result.contender][count] = result.median_ns / 1e3
     for contender, points in medians.items():
         slope, fixed = linear_regression(list(points), list(points.values()))
         yield Slope(rule.name, contender, round(slope, 4), round(fixed, 1), points)

@@ -146,6 +146,8 @@ def notes(report: Report) -> Iterator[str]:
         )
     for skip in {(skip["contender"], skip["reason"]): None for skip in report["skipped"]}:
         yield "{} was not run: {}.".format(*skip)
+    for failure in report.get("failed", []):  # older reports have no such part
+        yield f"{failure['job']} failed: {failure['error']}"
 
 
 def contenders(report: Report, part: str) -> list[str]:

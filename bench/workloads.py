@@ -1,7 +1,9 @@
 """What the optimizers run on: lists of parameter shapes, and where their gradients come from."""
 
+from __future__ import annotations
+
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -9,18 +11,21 @@ import torch
 from torch import Tensor
 
 SHAPES = Path(__file__).with_name("shapes.json")
+CPU = torch.device("cpu")
 
-# Below this the step is host overhead and the data sits in the cache; above it, memory traffic.
+# Up to this the step is host overhead and the data sits in the cache; above it, memory traffic.
 SMALL = 1_000_000
+LARGE = 1_000_000_000  # from here on a step takes seconds on a CPU, and tens of gigabytes
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Parameter shapes, in order, and where they were taken from."""
+    """Parameter shapes, in order, and where they were taken from; the dtype they are run in."""
 
     name: str
     source: str
     shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def elements(self) -> int:
@@ -28,32 +33,50 @@ class Workload:
 
     @property
     def small(self) -> bool:
-        return self.elements < SMALL
+        return self.elements <= SMALL
 
-    def parameters(self) -> list[Tensor]:
-        """New fp32 parameters with gradients."""
-        params = [noise(shape).requires_grad_() for shape in self.shapes]
+    @property
+    def large(self) -> bool:
+        return self.elements >= LARGE
+
+    def head(self, elements: int) -> Workload:
+        """The tensors, in order, that are no more than so many elements together: for a look."""
+        kept, left = [], elements
+        for shape in self.shapes:
+            if prod(shape) <= left:
+                kept.append(shape)
+                left -= prod(shape)
+        if len(kept) == len(self.shapes):
+            return self
+        return replace(self, name=f"part of {self.name}", shapes=tuple(kept))
+
+    def parameters(self, device: torch.device = CPU) -> list[Tensor]:
+        """New parameters with gradients."""
+        params = [noise(shape, self.dtype, device).requires_grad_() for shape in self.shapes]
         for param in params:
-            param.grad = noise(tuple(param.shape))
+            param.grad = noise(tuple(param.shape), self.dtype, device)
         return params
 
     def renew_gradients(self, params: list[Tensor]) -> None:
         """Replace the gradients as ``zero_grad(set_to_none=True)`` and a backward pass do.
 
-        Each lands at another address, and no Python object exists for it before the optimizer asks.
-        Large gradients stay: the allocator would return memory of the same size, and a step over
-        them waits for their bytes and not for their addresses.
+        Each lands at another address, since the old ones are kept until then, and no Python object
+        exists for it before the optimizer asks. Large gradients stay: the allocator would return
+        memory of the same size, and a step over them waits for their bytes and not for their
+        addresses.
         """
         if self.small:
+            kept = [param.grad for param in params]
             for param in params:
                 param.grad = None
             torch.autograd.backward(torch.cat([param.flatten() for param in params]).sum())
+            del kept
 
 
-def noise(shape: tuple[int, ...]) -> Tensor:
+def noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal numbers, a pattern repeated: timing needs ordinary values, not good randomness."""
     count = prod(shape)
-    pattern = torch.randn(min(count, 2**16))
+    pattern = torch.randn(min(count, 2**16), dtype=dtype, device=device)
     return pattern.repeat(-(-count // 2**16))[:count].view(shape)
 
 
