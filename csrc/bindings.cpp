@@ -17,26 +17,44 @@ py::list rules(std::index_sequence<R...>) {
   return list;
 }
 
-std::vector<Tensor> targets(const py::list& descriptions) {
-  std::vector<Tensor> tensors;
-  for (py::handle d : descriptions) {
-    const Description description(py::cast<py::tuple>(d));
-    tensors.push_back(make_tensor(rule_index("assign", ""), {description, description}));
+// Tensors that are measured, or scaled and clamped in place.
+class Targets {
+ public:
+  // items: what fastopt.plan.describe makes.
+  explicit Targets(const py::list& items) {
+    for (py::handle item : items) add(Description(py::cast<py::tuple>(item)));
   }
-  return tensors;
-}
 
-double power_sum(const py::list& descriptions, double order, int threads) {
-  const std::vector<Tensor> tensors = targets(descriptions);
-  py::gil_scoped_release release;
-  return reduce_grads(tensors, Schedule(tensors), order, threads);
-}
+  // The same, but of tensors, and quickly. None if any has gaps, or is not on the CPU and of one of
+  // these types.
+  static std::optional<Targets> plain(const py::list& tensors, const py::tuple& types) {
+    Targets targets{py::list()};
+    for (py::handle tensor : tensors) {
+      const Description description(tensor, types);
+      if (!description.data) return std::nullopt;
+      targets.add(description);
+    }
+    return targets;
+  }
 
-void scale_and_clamp(const py::list& descriptions, double coef, double clip_value, int threads) {
-  const std::vector<Tensor> tensors = targets(descriptions);
-  py::gil_scoped_release release;
-  update(tensors, Schedule(tensors), {coef, clip_value}, kDriverScalars, threads);
-}
+  double power_sum(double order, int threads) const {
+    py::gil_scoped_release release;
+    return reduce_grads(tensors_, Schedule(tensors_), order, threads);
+  }
+
+  void scale_and_clamp(double coef, double clip_value, int threads) const {
+    py::gil_scoped_release release;
+    update(tensors_, Schedule(tensors_), {coef, clip_value}, kDriverScalars, threads);
+  }
+
+ private:
+  void add(const Description& description) {
+    static const int assign = rule_index("assign", "");
+    tensors_.push_back(make_tensor(assign, {description, description}));
+  }
+
+  std::vector<Tensor> tensors_;
+};
 
 Isa isa_named(const std::string& wanted) {
   std::string known;
@@ -64,8 +82,11 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("isa", [] { return std::string(name(isa_in_use())); });
   m.def("use_isa", [](const std::string& wanted) { use_isa(isa_named(wanted)); });
-  m.def("power_sum", &power_sum);
-  m.def("scale_and_clamp", &scale_and_clamp);
+  py::class_<Targets>(m, "Targets")
+      .def(py::init<const py::list&>())
+      .def_static("plain", &Targets::plain)
+      .def("power_sum", &Targets::power_sum)
+      .def("scale_and_clamp", &Targets::scale_and_clamp);
   py::class_<Plan>(m, "Plan")
       .def(py::init<py::list, py::dict, const py::list&>())
       .def("refresh", &Plan::refresh)

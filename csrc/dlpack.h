@@ -9,6 +9,7 @@ namespace fastopt::dlpack {
 
 inline constexpr const char* kCapsuleName = "dlpack_exchange_api";
 inline constexpr uint32_t kMajorVersion = 1;
+inline constexpr int32_t kCPU = 1;
 
 struct Device {
   int32_t type;

@@ -70,6 +70,24 @@ Description::Description(const py::tuple& description)
       shape(description[2].cast<Sizes>()),
       strides(description[3].cast<Sizes>()) {}
 
+Description::Description(py::handle object, const py::tuple& types)
+    : data(nullptr), dtype(DType::float32) {
+  dlpack::Tensor tensor;
+  if (!types.contains(py::type::handle_of(object)) || !read_tensor || !read(object.ptr(), tensor))
+    return;
+  constexpr dlpack::Device cpu{dlpack::kCPU, 0};
+  int found = 0;
+  while (found < kDTypes && !is_a(tensor, static_cast<DType>(found), cpu)) ++found;
+  if (found == kDTypes) return;
+  dtype = static_cast<DType>(found);
+  shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  const Layout layout(shape, {strides});
+  if (!layout.contiguous(0) || (layout.numel() == 1 && is_negated(object))) return;
+  static char nothing;
+  data = layout.numel() ? const_cast<char*>(address(tensor)) : &nothing;
+}
+
 int rule_index(const std::string& name, const std::string& states) {
   const int index = find_rule(name, states, std::make_index_sequence<kRules>());
   if (index < 0) throw py::value_error("no rule " + name + " with the states (" + states + ")");

@@ -23,6 +23,9 @@ struct Description {
   Sizes shape, strides;
 
   explicit Description(const py::tuple& description);
+  // Of a CPU tensor without gaps that is of one of these Python types itself; data is null where
+  // it is anything else.
+  Description(py::handle tensor, const py::tuple& types);
 };
 
 // The index into Rules of a rule with these states (names separated by spaces).

@@ -46,9 +46,7 @@ def get_total_norm(
         RuntimeError: the norm is not finite, or a tensor is sparse, complex, ...
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for i, tensor in enumerate(tensors):
-        dispatch.check_dense(tensor, f"tensor {i}, of shape {tuple(tensor.shape)},")
-    norm = _total_norm(_by_backend(tensors), norm_type, error_if_nonfinite)
+    norm = _total_norm(_by_backend(tensors, "tensor"), norm_type, error_if_nonfinite)
     return norm.to(**norm_options(tensors))
 
 
@@ -71,9 +69,8 @@ def clip_grad_norm_(
     Returns, raises, and the other arguments: see `get_total_norm`.
     """
     grads = _grads(parameters)
-    backends = _by_backend(grads)
+    backends = _by_backend(grads, "gradient", in_place=True)
     norm = _total_norm(backends, norm_type, error_if_nonfinite)
-    _check_writable(grads)
     for backend in backends:
         backend.clip(norm, float(max_norm))
     return norm.to(**norm_options(grads))
@@ -87,9 +84,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     Raises:
         RuntimeError: a gradient is sparse, complex, ...
     """
-    grads = _grads(parameters)
-    _check_writable(grads)
-    for backend in _by_backend(grads):
+    for backend in _by_backend(_grads(parameters), "gradient", in_place=True):
         backend.clamp(float(clip_value))
 
 
@@ -121,14 +116,14 @@ class _Reference:
 class _Cpp(_Reference):
     """With the compiled extension."""
 
-    def __init__(self, grads: list[Tensor]) -> None:
+    def __init__(self, grads: list[Tensor], targets: Any = None) -> None:
         super().__init__(grads)
-        self.descriptions = [describe(grad) for grad in grads]
-        self.extension = dispatch.extension()
+        extension = dispatch.extension()
+        assert extension is not None
+        self.targets = targets or extension.Targets([describe(grad) for grad in grads])
 
     def power_sum(self, order: float) -> Tensor:
-        assert self.extension is not None
-        total = self.extension.power_sum(self.descriptions, order, torch.get_num_threads())
+        total = self.targets.power_sum(order, torch.get_num_threads())
         return torch.tensor(total, dtype=torch.float64, device="cpu")
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
@@ -140,9 +135,7 @@ class _Cpp(_Reference):
         self._scale_and_clamp(1.0, clip_value)
 
     def _scale_and_clamp(self, coef: float, clip_value: float) -> None:
-        assert self.extension is not None
-        threads = torch.get_num_threads()
-        self.extension.scale_and_clamp(self.descriptions, coef, clip_value, threads)
+        self.targets.scale_and_clamp(coef, clip_value, torch.get_num_threads())
         torch.autograd.graph.increment_version(self.grads)
 
 
@@ -195,11 +188,28 @@ _captured: list[Any] = []
 _BACKENDS = {"cpp": _Cpp, "triton": _Triton, "reference": _Reference}
 
 
-def _by_backend(grads: list[Tensor]) -> list[_Reference]:
-    """By the backend that takes them, and the device."""
+def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[_Reference]:
+    """By the backend that takes them, and the device.
+
+    Raises:
+        RuntimeError: one cannot be used; ``what`` it is called there.
+    """
+    asked = dispatch.resolve("auto")
+    extension = dispatch.extension()
+    if extension and asked in ("auto", "cpp"):
+        plain = extension.Targets.plain(grads, (Tensor, torch.nn.Parameter))
+        if plain is not None:  # the common case: nothing need be looked at in Python
+            return [_Cpp(grads, plain)] if grads else []
     groups: dict[tuple[str, torch.device], list[Tensor]] = {}
-    for grad in grads:
-        backend = dispatch.backend_for([grad], dispatch.resolve("auto"), "a gradient")
+    for i, grad in enumerate(grads):
+        where = f"{what} {i}, of shape {tuple(grad.shape)},"
+        dispatch.check_dense(grad, where)
+        if in_place and dispatch.overlaps_itself(grad):
+            raise RuntimeError(
+                f"{where} has several elements in one place of memory (an expanded tensor?) and "
+                "cannot be clipped in place: clone it"
+            )
+        backend = dispatch.backend_for([grad], asked, where)
         groups.setdefault((backend, grad.device), []).append(grad)
     return [_BACKENDS[backend](members) for (backend, _), members in groups.items()]
 
@@ -228,16 +238,4 @@ def _total_norm(
 
 def _grads(parameters: Tensors) -> list[Tensor]:
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    grads = [param.grad for param in parameters if param.grad is not None]
-    for i, grad in enumerate(grads):
-        dispatch.check_dense(grad, f"gradient {i}, of shape {tuple(grad.shape)},")
-    return grads
-
-
-def _check_writable(grads: list[Tensor]) -> None:
-    for i, grad in enumerate(grads):
-        if dispatch.overlaps_itself(grad):
-            raise RuntimeError(
-                f"gradient {i}, of shape {tuple(grad.shape)}, has several elements in one place of "
-                "memory (an expanded tensor?) and cannot be clipped in place: clone it"
-            )
+    return [grad for param in parameters if (grad := param.grad) is not None]

@@ -119,7 +119,7 @@ def backends() -> dict[str, Backend]:
 def _backend(name: str) -> Backend:
     if name == "reference":
         return Backend(True, f"tensors of any device; torch {torch.__version__} operators")
-    module, detail = _load_triton() if name == "triton" else _load()
+    module, detail = _loaded(name)
     if module and name == "cpp":
         detail = f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads"
     return Backend(module is not None, detail)
@@ -156,21 +156,27 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
     kind = tensors[0].device.type
     wanted = backend if backend != "auto" else {"cuda": "triton", "cpu": "cpp"}.get(kind)
     obstacle = _obstacle(tensors)
-    if not obstacle and wanted and _backend(wanted).available and kind == _device_of(wanted):
+    if not obstacle and wanted and kind == _device_of(wanted):
         return wanted
     if backend != "auto":
         obstacle = obstacle or f"is on {tensors[0].device}"
         raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
     if not obstacle:
-        reason = _backend(wanted).detail if wanted else "it has no kernels for that device"
+        reason = _loaded(wanted)[1] if wanted else "it has no kernels for that device"
         _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"
 
 
+def _loaded(backend: str) -> tuple[ModuleType | None, str]:
+    return _load_triton() if backend == "triton" else _load()
+
+
 def _device_of(backend: str) -> str:
-    """The type of the devices whose memory a backend's kernels read."""
-    kernels = triton_kernels() if backend == "triton" else None
-    return "cuda" if kernels and not kernels.INTERPRETED else "cpu"
+    """The type of the devices whose memory a backend's kernels read; "" where it does not work."""
+    kernels, _ = _loaded(backend)
+    if kernels is None:
+        return ""
+    return "cuda" if backend == "triton" and not kernels.INTERPRETED else "cpu"
 
 
 def _obstacle(tensors: list[Tensor]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_bits import DTYPES, ISAS, machine
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 from fastopt import dispatch, reference
@@ -93,11 +94,27 @@ def test_bits_of_the_definition(order, dtype):
     for tensors, in_memory_order in cases:
         wanted = definition(in_memory_order, order)
         assert reference.power_sum(tensors, order).item() == wanted
-        descriptions = [describe(tensor) for tensor in tensors]
+        targets = dispatch.extension().Targets([describe(tensor) for tensor in tensors])
         for isa in ISAS:
             for threads in (1, 2, 3):
                 with machine(isa, threads):
-                    assert dispatch.extension().power_sum(descriptions, order, threads) == wanted
+                    assert targets.power_sum(order, threads) == wanted
+
+
+def test_plain_tensors_are_looked_at_in_cpp():
+    """And nothing else is taken for one."""
+    types = (torch.Tensor, torch.nn.Parameter)
+    plain = dispatch.extension().Targets.plain
+    whole = torch.ones(3, 4)
+    good = [whole, whole.t(), torch.ones(()), torch.ones(0), torch.ones(1, 5)[:, :2], whole.bfloat16()]
+    assert plain([*good, torch.nn.Parameter(whole)], types).power_sum(1.0, 1) == 4 * 12 + 1 + 2
+    assert plain([], types).power_sum(2.0, 1) == 0
+    imaginary = torch.ones(1, dtype=torch.complex64).conj().imag
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    others = [whole[:, :2], whole.int(), whole.to_sparse(), whole.to("meta"), imaginary]
+    for other in [*others, freed, TwoTensor(whole, whole), None, 1.0]:
+        assert plain([whole, other], types) is None
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
