@@ -7,6 +7,7 @@
 #
 # Results and picture go to bench/results/; a FOLDER gets copies, and the logs. Fails where a test
 # does, or a part cannot be run.
+# Where the sources come without their repository, set COMMIT to the commit that they are.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
