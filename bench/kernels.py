@@ -248,7 +248,8 @@ def main() -> None:
     if write:
         TABLE.write_text("".join(f"{line}\n" for line in lines))
     elif found := differences(TABLE.read_text().splitlines(), lines):
-        sys.exit("\n".join(found))
+        print(*found, sep="\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":
