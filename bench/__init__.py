@@ -3,5 +3,6 @@
 ``workloads`` says what the optimizers run on, ``contenders`` who runs, ``bound`` what the memory
 allows, ``clocks`` and ``measure`` how it is timed, ``report`` how it is told; for a GPU,
 ``gpu_report`` and ``gpu_picture`` are. ``overhead`` is the host's time by the number of tensors,
-``startup`` that of a process's first step. ``instructions`` counts instructions instead of time.
+``startup`` that of a process's first step. ``instructions`` counts instructions instead of time,
+and ``kernels`` (with ``offline`` and ``assembly``) those that the Triton kernels compile to.
 """

@@ -1,0 +1,256 @@
+"""``python -m bench.kernels``: what the Triton kernels compile to, which needs no GPU.
+
+Compares the figures of every kernel, for every target, with those that are committed in
+``kernels.txt``: whoever changes a kernel sees in a diff what it costs. Exits with 1 where any
+differ, and writes them with ``--write``. The figures belong to one version of Triton.
+"""
+
+import argparse
+import functools
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastopt.rules import RULES
+
+from . import assembly, contenders, offline
+
+TABLE = Path(__file__).with_suffix(".txt")
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+#: Of parameter, gradient and states: the common ones, and a few that mix.
+STORAGE = (
+    ("fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "fp32"),
+    ("fp16", "fp16", "fp32"),
+    ("fp64", "fp64", "fp64"),
+    ("fp32", "bf16", "fp32"),
+    ("bf16", "bf16", "bf16"),
+)
+
+
+PARTIALS = torch.zeros(1, dtype=torch.float64)
+NOTHING = torch.zeros(0)  # needs no update
+
+
+class Case:
+    """A kernel with one set of types and constants; as a string, its name in the table."""
+
+    def launch(self) -> None:
+        """Launches this kernel, and no other, as a step does."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Update(Case):
+    rule: str
+    states: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of parameter, gradient and each state
+
+    def __str__(self) -> str:
+        return f"update {self.rule}({', '.join(self.states)}) {' '.join(self.dtypes[:3])}"
+
+    def launch(self) -> None:
+        param, grad, *states = (torch.zeros(1, dtype=DTYPES[name]) for name in self.dtypes)
+        gap = RULES[self.rule].gap(self.states) if self.states else None
+        one_tensor(self.rule, param, grad, states, gap).update()
+
+
+@dataclass(frozen=True)
+class ReduceChunks(Case):
+    dtype: str
+    order: float
+
+    def __str__(self) -> str:
+        return f"reduce_chunks {self.dtype} order {self.order:g}"
+
+    def launch(self) -> None:
+        grad = torch.zeros(1, dtype=DTYPES[self.dtype])
+        one_tensor("assign", grad, grad).norm_partials(self.order)
+
+
+@dataclass(frozen=True)
+class ReducePartials(Case):
+    order: float
+
+    def __str__(self) -> str:
+        return f"reduce_partials order {self.order:g}"
+
+    def launch(self) -> None:
+        from fastopt.kernels.multi_tensor import total
+
+        total(PARTIALS, self.order)
+
+
+@dataclass(frozen=True)
+class Clip(Case):
+    rule: str
+    norm: str
+
+    def __str__(self) -> str:
+        return f"clip {self.rule}, norm {self.norm}"
+
+    def launch(self) -> None:
+        one_tensor(self.rule, NOTHING, NOTHING).update(PARTIALS, DTYPES[self.norm])
+
+
+@dataclass(frozen=True)
+class ComputeScalars(Case):
+    rule: str
+    options: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"compute_scalars {self.rule}({', '.join(self.options)})"
+
+    def launch(self) -> None:
+        tensors = one_tensor(self.rule, NOTHING, NOTHING, on_device=True)
+        tensors.update(
+            partials=PARTIALS if "norm" in self.options else None,
+            **{name: torch.ones(1) for name in self.options if name != "norm"},
+        )
+
+
+def one_tensor(
+    rule: str,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    states: Iterable[torch.Tensor] = (),
+    gap: int | None = None,
+    on_device: bool = False,
+) -> Any:
+    """A `MultiTensor` of one tensor, ready for the launches of a step."""
+    from fastopt.kernels import rules, tables
+    from fastopt.kernels.multi_tensor import MultiTensor, Target
+
+    n_scalars = len(RULES[rule].scalar_names) if rule in RULES else 0
+    step = torch.zeros(()) if on_device else None
+    target = Target(param, grad, list(states), gap, step=step)
+    tensors = MultiTensor(rule, n_scalars, [target], captured=[], on_device=on_device)
+    words = tables.OWN.value + n_scalars
+    if on_device:
+        settings = getattr(rules, f"{rule}_scalars").arg_names[1:]
+        words = 2 * (tables.OWN.value + len(settings))
+    row = bytes(8 * words)
+    tensors.begin("all", array("q", [grad.data_ptr()]).tobytes(), [], row, n_rows=1)
+    return tensors
+
+
+def variants() -> list[tuple[str, tuple[str, ...]]]:
+    """Every rule of the optimizers with every set of states that it can have."""
+    found = []
+    for variant in contenders.rules(all_variants=True):
+        optimizer = variant.optimizer([torch.zeros(1)], **variant.flags)
+        found.append((optimizer.rule.name, optimizer.rule.states(optimizer.defaults)))
+    return list(dict.fromkeys(found))
+
+
+def cases() -> list[Case]:
+    orders = (1, 2, float("inf"))
+    found: list[Case] = [
+        *(
+            Update(rule, states, (param, grad, *[state] * len(states)))
+            for (rule, states), (param, grad, state) in product(variants(), STORAGE)
+        ),
+        *(Update("assign", (), (dtype, dtype)) for dtype in DTYPES),
+        *(ReduceChunks(dtype, order) for dtype, order in product(DTYPES, orders)),
+        *(ReducePartials(order) for order in orders),
+        *(Clip(rule, norm) for rule, norm in product(("sgd", "assign"), ("fp32", "fp64"))),
+        *(
+            ComputeScalars(rule, (*norm, *scaler))
+            for rule, norm, scaler in product(
+                RULES, ((), ("norm",)), ((), ("grad_scale", "found_inf"))
+            )
+        ),
+    ]
+    return list(dict.fromkeys(found))
+
+
+class Result(NamedTuple):
+    case: Case
+    target: str
+    kernel: offline.Kernel
+    figures: assembly.Figures
+
+    def line(self) -> str:
+        """That of the table."""
+        return _line(f"{self.case!s:70}{self.target}", self.figures)
+
+
+def _line(name: str, cells: Iterable[object]) -> str:
+    return f"{name:76}{''.join(f'{cell:>6}' for cell in cells)}"
+
+
+def compile_all(jobs: Iterable[tuple[Case, str]]) -> Iterator[Result]:
+    """Compiles cases for targets, on all cores."""
+    with offline.workers() as workers:
+        yield from workers.map(_compile, *zip(*jobs, strict=True))
+
+
+def _compile(case: Case, target: str) -> Result:
+    driver = _driver(target)
+    driver.activate()
+    driver.launched.clear()
+    case.launch()
+    (kernel,) = driver.launched
+    return Result(case, target, kernel, assembly.figures(kernel))
+
+
+_driver = functools.cache(offline.Driver)
+
+
+def table(results: Iterable[Result]) -> list[str]:
+    """Its lines. The first says what the figures depend on."""
+    results = list(results)
+    header = _line(
+        f"triton {results[0].kernel.metadata['triton_version']}", assembly.Figures._fields
+    )
+    return [header, *(result.line() for result in results)]
+
+
+def differences(committed: list[str], lines: list[str], complete: bool = True) -> list[str]:
+    """Lines of the committed table that do not hold, after a -, and those that do, after a +.
+
+    Args:
+        complete: `lines` are a whole table; where not, the others are not looked at.
+    """
+    old, new = (
+        {line.rsplit(maxsplit=len(assembly.Figures._fields))[0]: line for line in lines}
+        for lines in (committed, lines)
+    )
+    return [
+        sign + lines[name]
+        for name in ({**old, **new} if complete else new)
+        if old.get(name) != new.get(name)
+        for sign, lines in (("-", old), ("+", new))
+        if name in lines
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    write = parser.parse_args().write
+    from rich.progress import track
+
+    jobs = list(product(cases(), offline.TARGETS))
+    lines = table(track(compile_all(jobs), f"Compiling {len(jobs)} kernels", len(jobs)))
+    if write:
+        TABLE.write_text("".join(f"{line}\n" for line in lines))
+    elif found := differences(TABLE.read_text().splitlines(), lines):
+        print(*found, sep="\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What the Triton kernels compile to: read from PTX, SASS and AMDGCN, so that no GPU is needed.
+
+``bench/kernels.py`` has the cases, and compiles them in processes of their own: in this one Triton
+may interpret them.
+"""
+
+import importlib.util
+import re
+from collections import Counter
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from bench import assembly, kernels, offline
+from bench.assembly import DIVISION, SQUARE_ROOT, WIDE, Access, accesses
+from bench.kernels import Clip, ComputeScalars, ReduceChunks, Update
+from fastopt.rules import RULES
+
+ADAM = ("adam", ("exp_avg", "exp_avg_sq"))
+ELEMENTS = 8  # of each operand that a thread has at a time: update.BLOCK / tables.THREADS
+CHUNK = 64  # of each operand that a thread has in all: tables.CHUNK / tables.THREADS
+
+
+def few():
+    """Every rule on one target, one that has every operation on the others."""
+    for target in offline.TARGETS:
+        rules = kernels.variants() if target == "sm_90" else [ADAM]
+        for (rule, states), kind in product(rules, ("fp32", "bf16")):
+            yield Update(rule, states, (kind, kind, *["fp32"] * len(states))), target
+    yield Update("sgd", ("momentum_buffer",), ("fp32",) * 3), "gfx942"
+    yield ReduceChunks("fp32", 2), "sm_90"
+    yield ReduceChunks("bf16", 2), "gfx942"
+    yield Clip("sgd", "fp32"), "sm_90"
+    yield ComputeScalars("adam", ("norm", "grad_scale", "found_inf")), "sm_90"
+
+
+def everything():
+    return product(kernels.cases(), offline.TARGETS)
+
+
+@pytest.fixture(scope="module", params=[few, pytest.param(everything, marks=pytest.mark.full)])
+def results(request):
+    return list(kernels.compile_all(request.param()))
+
+
+@pytest.fixture
+def updates(results):
+    return [result for result in results if isinstance(result.case, Update)]
+
+
+def branches(result):
+    """Of an update: the loop over the blocks of a full chunk, and the rest of the code."""
+    text = assembly.assembly(result.kernel)
+    loops = [
+        block for block in assembly.blocks(text) if any(a.bits == WIDE for a in accesses(block))
+    ]
+    assert len(loops) == 1, result.line()
+    return loops[0], text.replace(loops[0], "")
+
+
+def accesses_of_a_block(kind, dtypes, bits=None):
+    """What a thread needs to access its elements, by `bits` or one by one."""
+    found = Counter()
+    for size in (8 * kernels.DTYPES[dtype].itemsize for dtype in dtypes):
+        found[Access(kind, bits or size)] += ELEMENTS * size // (bits or size)
+    return found
+
+
+def blocks_in_a_turn(result):
+    """How many blocks the loops over a full chunk and over a tail take at a time: LLVM may unroll
+    them.
+
+    The accesses must be those of that many blocks: of 128 bits in a full chunk, single elements in
+    a tail. The loads there are not looked at: the tables' are among them.
+    """
+    full, tail = (Counter(accesses(branch)) for branch in branches(result))
+    param, grad, *states = result.case.dtypes
+    read = [grad, *states] if result.case.rule == "assign" else [param, grad, *states]
+    written = [param, *states]
+    stores_in_tail = Counter({a: n for a, n in tail.items() if a.kind == "store"})
+    return (
+        quotient(
+            full,
+            accesses_of_a_block("load", read, WIDE) + accesses_of_a_block("store", written, WIDE),
+            result,
+        ),
+        quotient(stores_in_tail, accesses_of_a_block("store", written), result),
+    )
+
+
+def quotient(found, unit, result):
+    times = max(1, found.total() // unit.total())
+    assert found == Counter({key: times * n for key, n in unit.items()}), result.line()
+    return times
+
+
+def test_accesses_of_updates(updates):
+    for result in updates:
+        blocks_in_a_turn(result)
+
+
+def test_accesses_of_the_norm(results):
+    """A thread's part of a full chunk is read 128 bits at a time, the loop being unrolled."""
+    for result in results:
+        if isinstance(result.case, ReduceChunks):
+            bits = 8 * kernels.DTYPES[result.case.dtype].itemsize * CHUNK
+            assert result.figures.ld128 == bits // WIDE, result.line()
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are called in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.overloadpacket] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def divisions_and_roots(rule, states):
+    """How many the specification takes, of an element."""
+    if rule not in RULES:
+        return 0, 0
+    one = torch.ones(1)
+    scalars = SimpleNamespace(**dict.fromkeys(RULES[rule].scalar_names, 0.5))
+    with Operations() as operations:
+        RULES[rule].update(one, one, scalars, **dict.fromkeys(states, one))
+    return operations.counts[torch.ops.aten.div], operations.counts[torch.ops.aten.sqrt]
+
+
+def test_divisions_and_square_roots(updates):
+    assert divisions_and_roots(*ADAM) == (2, 1)
+    for result in updates:
+        wanted = divisions_and_roots(result.case.rule, result.case.states)
+        for branch, blocks in zip(branches(result), blocks_in_a_turn(result), strict=True):
+            found = tuple(assembly.count(p, branch) for p in (DIVISION, SQUARE_ROOT))
+            assert found == tuple(blocks * ELEMENTS * n for n in wanted), result.line()
+
+
+def test_arithmetic_is_exact(results):
+    """No approximate division or root, and denormal numbers are not flushed to zero."""
+    for result in results:
+        if isinstance(result.case, ComputeScalars):
+            continue  # exp and log
+        text = assembly.assembly(result.kernel)
+        if assembly.is_nvidia(result.kernel):
+            inexact = re.findall(r"\b(?:div|sqrt)\.(?!rn\.f)[.\w]*f\d+|\brcp\S+|\S+\.ftz\b", text)
+            assert not inexact, result.line()
+        else:
+            # What refines an approximation: a fixup after each reciprocal, and after each root a
+            # look for those that need none.
+            found = Counter(re.findall(r"\bv_(rcp|sqrt|rsq|div_fixup|cmp_class)_(f\d+)", text))
+            for kind in ("f32", "f64"):
+                roots = found["sqrt", kind] + found["rsq", kind]
+                assert found["rcp", kind] == found["div_fixup", kind], result.line()
+                assert roots <= found["cmp_class", kind], result.line()
+            assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text), result.line()
+            assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3\b", text), result.line()
+
+
+def test_nothing_is_fused(results):
+    """No multiplication and addition in one: the reference rounds in between.
+
+    PTX shows that for every kernel. What the GPU executes has fused operations inside its divisions
+    and roots, so it is looked at where there are none; AMD converts from fp16 by one with a factor
+    of 1 or a summand of -0.
+    """
+    for result in results:
+        if isinstance(result.case, ComputeScalars):
+            continue  # exp and log
+        if assembly.is_nvidia(result.kernel):
+            assert not re.search(r"\bfma\.", assembly.assembly(result.kernel)), result.line()
+        if result.figures.div == result.figures.sqrt == 0:
+            amd = r"v_(?:pk_)?(?:fma|mad)\w*_f\w*\b(?! .*(?:neg\(0\)| 1\.0,))"
+            code = assembly.machine_code(result.kernel)
+            assert not re.search(rf"\b[FD]FMA2?\b|\b{amd}", code), result.line()
+
+
+def test_no_spills(results):
+    for result in results:
+        assert (result.figures.stack, result.figures.spill) == (0, 0), result.line()
+
+
+def test_registers(updates):
+    """They leave room for enough threads to keep the memory busy.
+
+    In flight must be what the memory delivers during the latency of an access (Little's law): an
+    H200's 4.8 TB/s for 0.6 us are 22 KB on each of 132 multiprocessors. Every thread loads its part
+    of a block of each operand at once.
+    """
+    for result in updates:
+        registers = result.figures.regs
+        if assembly.is_nvidia(result.kernel):
+            # 64 Ki of them, given to warps by 8 a thread, and 2048 threads at most.
+            programs = min(2048, 65536 // (-(-registers // 8) * 8)) // 128
+        else:
+            # 512 for each thread of a wave, given by 8, in 4 SIMDs of 8 waves at most; 2 a program.
+            programs = min(8, 512 // (-(-registers // 8) * 8)) * 4 // 2
+        of_a_thread = sum(ELEMENTS * kernels.DTYPES[d].itemsize for d in result.case.dtypes)
+        assert programs * 128 * of_a_thread >= 24 * 1024, result.line()
+
+
+def test_shared_memory(results):
+    """A block of doubles at most, which goes from one layout to another: 8 KiB. NVIDIA's
+    multiprocessors have that for as many programs as they have threads for."""
+    for result in results:
+        assert result.figures.smem <= 8 * 1024, result.line()
+
+
+def test_figures_are_those_of_the_table(results, request):
+    committed, lines = kernels.TABLE.read_text().splitlines(), kernels.table(results)
+    if committed[0] != lines[0]:
+        pytest.skip(f"the figures are of {' '.join(committed[0].split()[:2])}")
+    complete = request.node.callspec.params["results"] is everything
+    differences = kernels.differences(committed, lines, complete)
+    assert not differences, "\n".join(["", *differences])
