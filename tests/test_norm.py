@@ -106,7 +106,14 @@ def test_plain_tensors_are_looked_at_in_cpp():
     types = (torch.Tensor, torch.nn.Parameter)
     plain = dispatch.extension().Targets.plain
     whole = torch.ones(3, 4)
-    good = [whole, whole.t(), torch.ones(()), torch.ones(0), torch.ones(1, 5)[:, :2], whole.bfloat16()]
+    good = [
+        whole,
+        whole.t(),
+        torch.ones(()),
+        torch.ones(0),
+        torch.ones(1, 5)[:, :2],
+        whole.bfloat16(),
+    ]
     assert plain([*good, torch.nn.Parameter(whole)], types).power_sum(1.0, 1) == 4 * 12 + 1 + 2
     assert plain([], types).power_sum(2.0, 1) == 0
     imaginary = torch.ones(1, dtype=torch.complex64).conj().imag
