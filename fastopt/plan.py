@@ -317,7 +317,7 @@ class Plan:
     def _partials(self) -> list[Any]:
         """For each part, on its device: numbers that add up to the sum of all squares."""
         partials = [part.tensors.norm_partials() for part in self.parts]
-        if len(partials) == 1 and not self.on_host:
+        if not partials or (len(partials) == 1 and not self.on_host):
             return partials
         totals = [part.kernels.total(p) for part, p in zip(self.parts, partials, strict=True)]
         if self.on_host:

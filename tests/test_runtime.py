@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastopt
-from fastopt import dispatch, rules
+from fastopt import dispatch, plan, rules
 
 _C = dispatch.extension()
 
@@ -133,6 +133,21 @@ def test_without_torchs_c_interfaces():
     assert len(fast.splitlines()) == len(fastopt.OPTIMIZERS)
     assert "False" not in fast
     assert slow == fast.replace("True", "False")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_are_measured_once(monkeypatch, backend):
+    passes = []
+    measure = plan.Plan._sum_of_squares_on_host
+    monkeypatch.setattr(
+        plan.Plan, "_sum_of_squares_on_host", lambda self: passes.append(1) or measure(self)
+    )
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = fastopt.SGD([param], max_norm=1.0, backend=backend)
+    for _ in range(2):
+        optimizer.step()
+    assert len(passes) == 2
 
 
 def test_a_plan_is_kept_while_it_holds():
