@@ -44,7 +44,7 @@ class Targets {
 
   void scale_and_clamp(double coef, double clip_value, int threads) const {
     py::gil_scoped_release release;
-    update(tensors_, Schedule(tensors_), {coef, clip_value}, kDriverScalars, threads);
+    update(tensors_, Schedule(tensors_), {coef, clip_value, 0, 0}, kDriverScalars, threads);
   }
 
  private:
@@ -94,7 +94,8 @@ PYBIND11_MODULE(_C, m) {
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
       .def("scalars_of", &Plan::scalars_of)
-      .def("active_params", &Plan::active_params)
+      .def("written_params", &Plan::written_params)
+      .def("versions", &Plan::versions)
       .def("sum_of_squares", &Plan::sum_of_squares)
       .def("release", &Plan::release)
       .def("update", &Plan::update);

@@ -21,6 +21,20 @@ template <class T>
 constexpr Kernels<T> tables[] = {table<T>(Isa::baseline), table<T>(Isa::x86_64_v3),
                                  table<T>(Isa::x86_64_v4)};
 
+template <size_t... P>
+constexpr PackingKernels packing_table(Isa isa, std::index_sequence<P...>) {
+  return {{compiled_for<Unpack<static_cast<Packing>(P)>>(isa)...},
+          {compiled_for<Pack<static_cast<Packing>(P)>>(isa)...}};
+}
+
+constexpr PackingKernels packing_table(Isa isa) {
+  return packing_table(isa, std::make_index_sequence<kPackings>());
+}
+
+constexpr PackingKernels packing_tables[] = {packing_table(Isa::baseline),
+                                             packing_table(Isa::x86_64_v3),
+                                             packing_table(Isa::x86_64_v4)};
+
 using Reductions = std::array<double (*)(const void*, int64_t, double), kReductions * kDTypes>;
 
 template <size_t... K>
@@ -54,6 +68,8 @@ const Kernels<T>& kernels() {
 }
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
+
+const PackingKernels& packing_kernels() { return packing_tables[static_cast<int>(current)]; }
 
 double reduce(Reduction reduction, DType dtype, const void* x, int64_t n, double order) {
   const int kernel = static_cast<int>(reduction) * kDTypes + static_cast<int>(dtype);

@@ -8,13 +8,15 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "norm.h"
+#include "packed.h"
 #include "rules.h"
 
 namespace fastopt {
 
-// Ahead of a rule's own scalars stand the driver's two: the gradient is multiplied by `grad_coef`
-// (clip coefficient, sign of `maximize`), then clamped to [-clip_value, clip_value].
-inline constexpr int kDriverScalars = 2;
+// Ahead of a rule's own scalars stand the driver's: the gradient is multiplied by `grad_coef` (clip
+// coefficient, sign of `maximize`), then clamped to [-clip_value, clip_value]; random numbers depend
+// on `seed` and `step`.
+enum DriverScalar { kGradCoef, kClipValue, kSeed, kStep, kDriverScalars };
 
 template <class Rule, class T>
 struct Update {
@@ -23,8 +25,8 @@ struct Update {
 
   static FASTOPT_INLINE void run(T* p, const T* g, T* const* states, int64_t n,
                                  const double* scalars) {
-    const T grad_coef = static_cast<T>(scalars[0]);
-    const T clip_value = static_cast<T>(scalars[1]);
+    const T grad_coef = static_cast<T>(scalars[kGradCoef]);
+    const T clip_value = static_cast<T>(scalars[kClipValue]);
     T values[n_scalars + 1];
     for (int i = 0; i < n_scalars; ++i) values[i] = static_cast<T>(scalars[kDriverScalars + i]);
     Scalars c;
@@ -53,9 +55,15 @@ struct Kernels {
   void (*update[kRules])(T* p, const T* g, T* const* states, int64_t n, const double* scalars);
 };
 
+struct PackingKernels {
+  void (*unpack[kPackings])(const void* a, const void* b, int32_t n, float* x);
+  void (*pack[kPackings])(const float* x, uint32_t key, int32_t first, int32_t n, void* a, void* b);
+};
+
 // The kernels of the instruction set in use. It starts as the best that this processor supports.
 template <class T>
 const Kernels<T>& kernels();
+const PackingKernels& packing_kernels();
 
 // Reduces n contiguous elements, as norm.h tells.
 double reduce(Reduction reduction, DType dtype, const void* x, int64_t n, double order);

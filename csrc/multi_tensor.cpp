@@ -33,10 +33,69 @@ std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
   return waves;
 }
 
+// Copies n elements of 16 bits between an array and a tensor; `f(in the array, in the tensor)`.
+template <class F>
+void for_each_16(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
+                 uint16_t* array, const F& f) {
+  auto* data = reinterpret_cast<uint16_t*>(operand.data);
+  layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) f(*array++, data[offset + i * stride]);
+  });
+}
+
+// Where the second array of a packing has what belongs to the elements from `begin` on.
+char* beside(const Operand& operand, int64_t begin) {
+  switch (*operand.packing) {
+    case Packing::remainder: return operand.beside + begin * sizeof(int16_t);
+    case Packing::stochastic: return nullptr;
+    case Packing::codes:
+    case Packing::unsigned_codes: return operand.beside + begin / kCodeBlock * sizeof(float);
+    default: return operand.beside + begin * sizeof(float);
+  }
+}
+
+// Whether the first array of an operand can be used where it is. Codes are in the order of the walk.
+bool in_place(const Layout& layout, int index, const Operand& operand) {
+  return layout.contiguous(index) || is_coded(*operand.packing);
+}
+
+void unpack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
+            float* to) {
+  const int packing = static_cast<int>(*operand.packing);
+  const void* from = operand.data + begin * kItemBytes[packing];
+  uint16_t gathered[kStaged];
+  if (!in_place(layout, index, operand)) {
+    for_each_16(layout, index, operand, begin, n, gathered,
+                [](uint16_t& here, uint16_t& there) { here = there; });
+    from = gathered;
+  }
+  packing_kernels().unpack[packing](from, beside(operand, begin), static_cast<int32_t>(n), to);
+}
+
+void pack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
+          const float* from, uint32_t key) {
+  const int packing = static_cast<int>(*operand.packing);
+  const bool direct = in_place(layout, index, operand);
+  uint16_t gathered[kStaged];
+  void* to = direct ? static_cast<void*>(operand.data + begin * kItemBytes[packing]) : gathered;
+  const auto first = static_cast<int32_t>(begin % kChunk);
+  packing_kernels().pack[packing](from, key, first, static_cast<int32_t>(n), to,
+                                  beside(operand, begin));
+  if (!direct)
+    for_each_16(layout, index, operand, begin, n, gathered,
+                [](uint16_t& here, uint16_t& there) { there = here; });
+}
+
 template <class T>
 T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
             int64_t begin, int64_t n, T* buffer) {
   constexpr DType own = sizeof(T) == sizeof(double) ? DType::float64 : DType::float32;
+  if constexpr (own == DType::float32) {
+    if (operand.packing) {
+      unpack(layout, index, operand, begin, n, buffer);
+      return buffer;
+    }
+  }
   const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
   const auto load = k.load[static_cast<int>(operand.dtype)];
   if (layout.contiguous(index)) {
@@ -55,7 +114,9 @@ T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand&
 
 template <class T>
 void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
-               int64_t begin, int64_t n, const T* from) {
+               int64_t begin, int64_t n, const T* from, uint32_t key) {
+  if constexpr (std::is_same_v<T, float>)
+    if (operand.packing) return pack(layout, index, operand, begin, n, from, key);
   const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
   const auto store = k.store[static_cast<int>(operand.dtype)];
   layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
@@ -68,6 +129,9 @@ template <class T>
 void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const double* scalars) {
   const Kernels<T>& k = kernels<T>();
   T buffers[2 + kMaxStates][kStaged];
+  const uint32_t key =
+      random_key(static_cast<uint64_t>(scalars[kSeed]), static_cast<uint64_t>(scalars[kStep]),
+                 tensor.number, chunk.begin / kChunk);
   for (int64_t done = 0, n; done < chunk.n; done += n) {
     T* blocks[2 + kMaxStates];
     bool staged[2 + kMaxStates];
@@ -83,7 +147,8 @@ void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const doub
     k.update[tensor.rule](blocks[0], blocks[1], blocks + 2, n, scalars);
     for (int i = 0; i < tensor.n_operands; ++i)
       if (staged[i] && i != 1)
-        stage_out(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n, blocks[i]);
+        stage_out(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n, blocks[i],
+                  key);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -12,6 +13,8 @@ namespace fastopt {
 struct Operand {
   char* data = nullptr;
   DType dtype = DType::float32;
+  std::optional<Packing> packing;
+  char* beside = nullptr;  // the second array of the packing, in the order of the walk
 };
 
 // One parameter with all that a step reads and writes of it.
@@ -22,6 +25,7 @@ struct Tensor {
   Layout layout;
   Layout grad_layout;  // the gradient in its own memory order: the order of the norm
   int rule = 0;        // index into Rules
+  int number = 0;      // among the optimizer's parameters, for random numbers
   bool in_double = false;
   int64_t extent = 0;  // bytes from the parameter's first element to the end of its last
   bool active = true;  // has a gradient in this step

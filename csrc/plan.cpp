@@ -66,12 +66,20 @@ int find_rule(const std::string& name, const std::string& states, std::index_seq
 
 Description::Description(const py::tuple& description)
     : data(reinterpret_cast<char*>(description[0].cast<uintptr_t>())),
-      dtype(static_cast<DType>(description[1].cast<int>())),
       shape(description[2].cast<Sizes>()),
-      strides(description[3].cast<Sizes>()) {}
+      strides(description[3].cast<Sizes>()),
+      beside(reinterpret_cast<char*>(description[4].cast<uintptr_t>())) {
+  const int storage = description[1].cast<int>();
+  if (storage < kDTypes) {
+    dtype = static_cast<DType>(storage);
+  } else {
+    packing = static_cast<Packing>(storage - kDTypes);
+    dtype = *packing == Packing::master_of_float16 ? DType::float16 : DType::bfloat16;
+  }
+}
 
 Description::Description(py::handle object, const py::tuple& types)
-    : data(nullptr), dtype(DType::float32) {
+    : data(nullptr) {
   dlpack::Tensor tensor;
   if (!types.contains(py::type::handle_of(object)) || !read_tensor || !read(object.ptr(), tensor))
     return;
@@ -101,7 +109,8 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   tensor.n_operands = static_cast<int>(operands.size());
   std::vector<Sizes> strides;
   for (size_t i = 0; i < operands.size(); ++i) {
-    tensor.operands[i] = {operands[i].data, operands[i].dtype};
+    tensor.operands[i] = {operands[i].data, operands[i].dtype, operands[i].packing,
+                          operands[i].beside};
     strides.push_back(operands[i].strides);
   }
   const Sizes& shape = operands[0].shape;
@@ -145,14 +154,17 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
   for (py::handle group : groups_) group_params_.emplace_back(group["params"]);
   entries_of(state_, state_entries_);
 
-  std::unordered_map<PyObject*, int16_t> seen;
+  std::unordered_map<PyObject*, std::vector<size_t>> seen;
   for (py::handle handle : items) {
     const auto [group, param, details] =
         handle.cast<std::tuple<int, py::object, std::optional<py::object>>>();
     Item item{};
     item.group = group;
     item.param = keep(param);
-    item.repeat = seen[item.param]++;
+    std::vector<size_t>& places = seen[item.param];
+    item.repeat = static_cast<int16_t>(places.size());
+    places.push_back(items_.size());
+    item.first = places.front();
     item.updated = details.has_value();
     Tensor tensor;
     if (details) {
@@ -162,10 +174,12 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       std::vector<Description> operands;
       for (py::handle d : details->attr("operands")) operands.emplace_back(py::cast<py::tuple>(d));
       tensor = make_tensor(details->attr("rule").cast<int>(), operands);
+      tensor.number = static_cast<int>(items_.size());
       item.has_grad = !grad.is_none();
       item.part = details->attr("part").cast<int>();
       item.scalars_here = details->attr("scalars_here").cast<bool>();
       item.fresh = details->attr("fresh").cast<bool>();
+      item.version = details->attr("version").cast<std::optional<int64_t>>();
       if (item.has_grad) grads_.push_back(grad);
       item.grad_type = reinterpret_cast<PyTypeObject*>(keep(details->attr("grad_type")));
       dlpack::Tensor now;
@@ -277,7 +291,38 @@ bool Plan::item_holds(size_t i) {
       !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
     return false;
   item.shape_seen = tensor.shape;
-  return true;
+  return is_unwritten(item);
+}
+
+namespace {
+
+int64_t version_of(PyObject* param) {
+  static PyObject* const version_name = PyUnicode_InternFromString("_version");
+  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, version_name));
+  if (!version) throw py::error_already_set();
+  return version.cast<int64_t>();
+}
+
+}  // namespace
+
+// Whether nobody else has written a parameter that must not be, for all that its version tells.
+bool Plan::is_unwritten(const Item& item) const {
+  const std::optional<int64_t>& version = items_[item.first].version;
+  return !version || *version == version_of(item.param);
+}
+
+py::list Plan::versions() const {
+  py::list versions;
+  for (const Item& item : items_)
+    if (item.version && item.repeat == 0)
+      versions.append(py::make_tuple(py::handle(item.param), *item.version));
+  return versions;
+}
+
+py::list Plan::written_params() {
+  for (const Item& item : items_)
+    if (item.has_grad && items_[item.first].version) ++*items_[item.first].version;
+  return active_params_;
 }
 
 // Whether the states' memory is where it was. No Python object is touched, so the threads share the

@@ -16,11 +16,14 @@ namespace fastopt {
 
 namespace py = pybind11;
 
-// Address, dtype, shape and strides of a tensor: the tuple that fastopt.plan.describe makes.
+// Address, storage, shape and strides of a tensor, and the address of what is stored beside it: the
+// tuple that fastopt.plan.describe makes. The storages are those of DType, then those of Packing.
 struct Description {
   char* data;
-  DType dtype;
+  DType dtype = DType::float32;
+  std::optional<Packing> packing;
   Sizes shape, strides;
+  char* beside = nullptr;
 
   explicit Description(const py::tuple& description);
   // Of a CPU tensor without gaps that is of one of these Python types itself; data is null where
@@ -72,8 +75,12 @@ class Plan {
   py::bytes grads(int part) const;
   py::bytes scalars_of(int part) const;
 
-  // The parameters that have a gradient.
-  py::list active_params() const { return active_params_; }
+  // The parameters that have a gradient, whose versions the caller is about to increment.
+  py::list written_params();
+
+  // For each parameter whose states are out of date once somebody else writes it: (parameter, the
+  // version that it had after the last step).
+  py::list versions() const;
 
   double sum_of_squares(int threads) const;
 
@@ -109,6 +116,8 @@ class Plan {
     DType dtype, grad_dtype;
     int16_t repeat;  // how often the parameter stands earlier in the groups
     int group;
+    size_t first;  // the item where the parameter stands for the first time
+    std::optional<int64_t> version;  // there, if it is watched
     float* step;
     bool maybe_negated;  // its gradient may be a lazily negated view
     bool fresh;  // it has no step to count, and its states are new
@@ -126,6 +135,7 @@ class Plan {
   bool groups_hold() const;
   bool state_holds() const;
   bool item_holds(size_t i);
+  bool is_unwritten(const Item& item) const;
   bool states_hold(int threads) const;
   bool find_grad(size_t i);
   void schedule();

@@ -101,7 +101,7 @@ struct Adam {
   static constexpr const char* states =
       amsgrad ? "exp_avg exp_avg_sq max_exp_avg_sq" : "exp_avg exp_avg_sq";
   FASTOPT_SCALARS(step_size, weight_decay, decay, one_minus_beta1, beta2, one_minus_beta2, eps,
-                  bias_correction2_sqrt);
+                  inv_bias_correction2_sqrt);
 
   template <class T>
   static FASTOPT_INLINE void update(T& p, T g, T* state, const Scalars<T>& c) {
@@ -116,7 +116,7 @@ struct Adam {
       max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq);
       second_moment = max_exp_avg_sq;
     }
-    const T denom = sqrt(second_moment) / c.bias_correction2_sqrt + c.eps;
+    const T denom = sqrt(second_moment) * c.inv_bias_correction2_sqrt + c.eps;
     p = p * c.decay - c.step_size * exp_avg / denom;
   }
 };

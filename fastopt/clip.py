@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .devices import moved
+from .packing import Stored
 from .plan import describe, norm_options
 from .scalars import clip_coef
 
@@ -147,7 +148,7 @@ class _Triton(_Reference):
         self.kernels = dispatch.triton_kernels()
         assert self.kernels is not None
         grads = [grad.detach() for grad in grads]
-        targets = [self.kernels.Target(grad, grad) for grad in grads]
+        targets = [self.kernels.Target([Stored(grad)], grad) for grad in grads]
         self.tensors = self.kernels.MultiTensor("assign", 0, targets, _captured)
 
     def _begin(self, clip_value: float, max_norm: float) -> None:
@@ -155,7 +156,7 @@ class _Triton(_Reference):
             pattern="all",
             grads=array("q", [grad.data_ptr() for grad in self.grads]).tobytes(),
             odd_grads=[self.grads[i] for i in self.tensors.odd],
-            rows=array("d", (1.0, clip_value, 1.0, max_norm)).tobytes(),
+            rows=array("d", (1.0, clip_value, 1.0, max_norm, 0.0, 0.0)).tobytes(),
             n_rows=1,
             row_of=array("q", [0] * len(self.grads)).tobytes(),
         )

@@ -182,7 +182,7 @@ def _device_of(backend: str) -> str:
 def _obstacle(tensors: list[Tensor]) -> str:
     """Why kernels, which need plain memory, cannot take these tensors; "" if they can."""
     for tensor in tensors:
-        if _is_wrapper(tensor):
+        if is_wrapper(tensor):
             return f"is a {type(tensor).__name__}"
         if tensor.is_neg():
             return "is a lazily negated view"
@@ -255,13 +255,20 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
         )
 
 
-def check_state(param: Tensor, name: str, state: object, where: object) -> None:
+def check_state(
+    param: Tensor,
+    name: str,
+    state: object,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    where: object,
+) -> None:
     """Raises where a state that is there already does not fit its parameter.
 
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if not fits(param, state):
+    if not fits(param, state, shape, dtypes):
         found = type(state).__name__
         if isinstance(state, Tensor):
             found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
@@ -288,13 +295,15 @@ def check_step(step: object, where: object) -> None:
         )
 
 
-def fits(param: Tensor, state: object) -> bool:
-    """Whether an object can be a state of the parameter."""
+def fits(
+    param: Tensor, state: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> bool:
+    """Whether an object can be a state of the parameter, with this shape and one of these dtypes."""
     return (
         isinstance(state, Tensor)
-        and state.shape == param.shape
+        and state.shape == shape
         and state.device == param.device
-        and state.dtype in DTYPES
+        and state.dtype in dtypes
         and state.layout == torch.strided
         and not overlaps_itself(state)
         and _has_memory(state)
@@ -303,10 +312,10 @@ def fits(param: Tensor, state: object) -> bool:
 
 def _has_memory(tensor: Tensor) -> bool:
     # A wrapper such as DTensor has none of its own, and needs none here.
-    return tensor.numel() == 0 or tensor.data_ptr() != 0 or _is_wrapper(tensor)
+    return tensor.numel() == 0 or tensor.data_ptr() != 0 or is_wrapper(tensor)
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
+def is_wrapper(tensor: Tensor) -> bool:
     """Whether a subclass intercepts operators."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, precision, reference
 from .clip import get_total_norm
 from .plan import Plan, new_states
 from .rules import RULES, Group, Rule
@@ -66,6 +66,8 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
+        #: What `Tensor._version` was after the last step, where no plan remembers.
+        self._versions: dict[Tensor, int] = {}
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -89,9 +91,14 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         plan = self._plan
         if plan is None or not plan.holds(self, rows):
+            if plan is not None:
+                self._versions.update(plan.versions())
             plan = Plan(self, rows)
         plan.run(self, rows)
-        self._plan = plan if plan.reusable else None
+        if not plan.reusable:
+            self._versions.update(plan.versions())
+            plan = None
+        self._plan = plan
         return loss
 
     def _measure(self, inv_scale: float) -> None:
@@ -109,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: a setting is out of range.
         """
         if isinstance(param_group, dict):
-            _check_settings({**self.defaults, **param_group})
+            _check_settings(self.rule, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,6 +143,7 @@ class Optimizer(torch.optim.Optimizer):
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
         self._plan = None
+        self._versions = {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -202,8 +210,9 @@ _NON_NEGATIVE = {
 }
 
 
-def _check_settings(group: Group) -> None:
+def _check_settings(rule: Rule, group: Group) -> None:
     """Raises as the optimizers' docstrings say; messages as in torch where it has them."""
+    precision.check_settings(rule, group)
     for key, words in _NON_NEGATIVE.items():
         value = group.get(key)
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -261,6 +270,9 @@ class SGD(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
+        master_weights: str | None = "auto",
+        state_dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
@@ -291,6 +303,9 @@ class Adagrad(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
+        master_weights: str | None = "auto",
+        state_dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
@@ -300,7 +315,8 @@ class Adagrad(Optimizer):
         group = self.param_groups[-1]
         for param in group["params"]:
             if param.is_floating_point() and param not in self.state:
-                self.state[param] = new_states(self.rule, group, param, {}, self.rule.states(group))
+                forms = precision.kept(self.rule, group, param, self.rule.states(group))
+                self.state[param] = new_states(self.rule, group, param, {}, forms).new
 
     def share_memory(self) -> None:
         """Moves the states to shared memory, for training by several processes."""
@@ -340,6 +356,9 @@ class RMSprop(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
+        master_weights: str | None = "auto",
+        state_dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
@@ -368,6 +387,9 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
         clip_value: float | None = None,
+        master_weights: str | None = "auto",
+        state_dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
@@ -392,6 +414,9 @@ class AdamW(Adam):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
+        master_weights: str | None = "auto",
+        state_dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         settings = _settings(locals())

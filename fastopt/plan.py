@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, precision, reference
 from .devices import capturing, moved
+from .packing import PACKINGS, Stored
+from .precision import Kept
 from .rules import Group, Rule
 from .scalars import Rows
 
@@ -21,14 +23,14 @@ if TYPE_CHECKING:
     from .optimizers import Optimizer
 
 
-def describe(tensor: Tensor) -> Description:
-    """What the C++ backend needs to know of a tensor."""
-    return (
-        tensor.data_ptr(),
-        dispatch.DTYPES.index(tensor.dtype),
-        tuple(tensor.shape),
-        tensor.stride(),
-    )
+def describe(tensor: Tensor, packing: str | None = None, b: Tensor | None = None) -> Description:
+    """What the C++ backend needs to know of a tensor, or of the arrays of a `Stored`."""
+    if packing is None:
+        storage = dispatch.DTYPES.index(tensor.dtype)
+    else:
+        storage = len(dispatch.DTYPES) + list(PACKINGS).index(packing)
+    beside = 0 if b is None else b.data_ptr()
+    return tensor.data_ptr(), storage, tuple(tensor.shape), tensor.stride(), beside
 
 
 class Watched(NamedTuple):
@@ -40,7 +42,8 @@ class Watched(NamedTuple):
         state: the optimizer's for this parameter, None where it is empty.
         rule: index into Rules of csrc/rules.h.
         operands: descriptions of parameter, gradient and states.
-        states: those that the rule updates.
+        states: the tensors of the parameter's state that a step writes, but for ``step``.
+        version: the parameter's version, where its states are out of date once that changes.
         fresh: there is no step to count, and the states are made in this step.
         part: 0: updated by the C++ kernels; else by this one of `Plan.parts`, counted from 1.
         scalars_here: the plan counts the step and computes the scalars, not the device.
@@ -52,6 +55,7 @@ class Watched(NamedTuple):
     rule: int
     operands: list[Description]
     states: list[Tensor]
+    version: int | None
     step: Tensor | None
     fresh: bool
     part: int
@@ -63,31 +67,54 @@ class Item:
     """A parameter that can be updated, with what a step reads and writes of it.
 
     Args:
+        number: the parameter's place in the optimizer.
         grad: None where there is none now, while the states are there from an earlier step.
         state: the optimizer's for this parameter.
-        states: those of `state` that the rule updates.
+        forms: how the parameter and the rule's states are kept.
         fresh: the states are made in this step.
     """
 
     group: int
+    number: int
     param: Tensor
     grad: Tensor | None
     backend: str
     state: dict[str, Any]
-    states: dict[str, Tensor]
+    forms: list[Kept]
     fresh: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rule's states."""
+        return tuple(form.numbers for form in self.forms[1:])
+
+    @property
+    def stored(self) -> list[Stored]:
+        """The parameter and the rule's states."""
+        return [form.stored(self.param, self.state) for form in self.forms]
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether a change of the parameter makes its state out of date."""
+        return self.forms[0].packing == "remainder"
 
     def watched(self, rule: Rule, part: int, scalars_here: bool) -> Watched:
         extension = dispatch.extension()
         assert extension is not None
         grad = self.param if self.grad is None else self.grad
+        param, *states = self.stored
         return Watched(
             grad=self.grad,
             grad_type=Tensor if self.grad is None else type(self.grad),
             state=self.state or None,
-            rule=extension.rule_index(rule.name, " ".join(self.states)),
-            operands=[describe(tensor) for tensor in (self.param, grad, *self.states.values())],
-            states=list(self.states.values()),
+            rule=extension.rule_index(rule.name, " ".join(self.names)),
+            operands=[
+                describe(param.a, param.packing, param.b),
+                describe(grad),
+                *(describe(state.a, state.packing, state.b) for state in states),
+            ],
+            states=[self.state[key] for form in self.forms for key in form.keys],
+            version=self.param._version if self.is_watched else None,
             step=self.state.get("step"),
             fresh=self.fresh,
             part=part,
@@ -99,10 +126,10 @@ class Item:
         kernels = dispatch.triton_kernels()
         assert kernels is not None
         return kernels.Target(
-            param=self.param,
             grad=self.param if self.grad is None else self.grad,
-            states=list(self.states.values()),
-            gap=rule.gap(tuple(self.states)),
+            stored=self.stored,
+            gap=rule.gap(self.names),
+            number=self.number,
             group=self.group,
             step=None if scalars_here else self.state.get("step"),
         )
@@ -166,19 +193,23 @@ class Plan:
         self.rule = optimizer.rule
         self.groups = optimizer.param_groups
         self.state = optimizer.state
-        self.names = [self.rule.states(group) for group in optimizer.param_groups]
+        self.settings = _settings(optimizer)
         self.backend = optimizer.backend
         self.on_device = rows.on_device
         # All that may raise comes before the states are made: they would pass for old ones later.
         rows.check()
-        params = [
-            (g, param, _item(optimizer, _Place(group, g, i), param, self.names[g]))
+        places = [
+            _Place(group, g, i)
             for g, group in enumerate(optimizer.param_groups)
-            for i, param in enumerate(group["params"])
+            for i in range(len(group["params"]))
+        ]
+        params = [
+            (place.group_index, place.param, _item(optimizer, place, number, self.settings))
+            for number, place in enumerate(places)
         ]
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
-        _make_states(optimizer, items, self.names, self.on_device)
+        _make_states(optimizer, items, self.on_device)
         self.others = [
             item for item in items if item.backend == "reference" and item.grad is not None
         ]
@@ -234,7 +265,7 @@ class Plan:
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
             and self.on_device == rows.on_device
-            and self.names == [self.rule.states(group) for group in optimizer.param_groups]
+            and self.settings == _settings(optimizer)
             # Threads pay where they are awake for the update that follows.
             and self.native.refresh(torch.get_num_threads() if self.on_host else 1)
         )
@@ -268,7 +299,7 @@ class Plan:
                 optimizer.grad_norm = norm
         if self.native is not None:
             # Autograd does not see writes through an address.
-            torch.autograd.graph.increment_version(self.native.active_params())
+            torch.autograd.graph.increment_version(self.native.written_params())
         if self.on_host:
             self._run_on_host(optimizer, rows, cohorts, partials if clips else None)
         else:
@@ -292,19 +323,22 @@ class Plan:
             return
         if self.native is not None:
             native_rows = [
-                (*rows.driver(group, norm), *rows.scalars(group, step)) for group, step in cohorts
+                (*rows.driver(group, norm, step), *rows.scalars(group, step))
+                for group, step in cohorts
             ]
             self.native.update(native_rows, torch.get_num_threads())
         for item in self.others:
             step = self._next_step(item)
             assert item.grad is not None
+            param, *states = item.stored
             reference.update_(
                 self.rule.update,
-                item.param,
+                param,
                 item.grad,
-                item.states,
+                dict(zip(item.names, states, strict=True)),
                 rows.scalars(item.group, step),
-                *rows.driver(item.group, norm),
+                *rows.driver(item.group, norm, step),
+                item.number,
             )
             if "step" in item.state:
                 item.state["step"] += 1
@@ -340,6 +374,20 @@ class Plan:
         return total
 
 
+    def versions(self) -> dict[Tensor, int]:
+        """The versions of parameters that have a remainder, as this plan left or expects them."""
+        found = {item.param: item.param._version for item in self.others if item.is_watched}
+        return found if self.native is None else {**dict(self.native.versions()), **found}
+
+
+def _settings(optimizer: Optimizer) -> list[Any]:
+    """What decides on the states of each param group."""
+    return [
+        (optimizer.rule.states(group), group["master_weights"], group["state_dtype"])
+        for group in optimizer.param_groups
+    ]
+
+
 def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
     """Dtype and device of the norm of these tensors: fp32, or fp64 where any of them is."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
@@ -357,66 +405,82 @@ class _Place:
     group_index: int
     index: int
 
+    @property
+    def param(self) -> Tensor:
+        param: Tensor = self.group["params"][self.index]
+        return param
+
     def __str__(self) -> str:
         names = self.group.get("param_names")
         name = f" {names[self.index]!r}" if names else ""
-        shape = tuple(self.group["params"][self.index].shape)
+        shape = tuple(self.param.shape)
         return f"parameter {self.index}{name} of group {self.group_index}, of shape {shape},"
 
 
 def _item(
-    optimizer: Optimizer, place: _Place, param: Tensor, names: tuple[str, ...]
+    optimizer: Optimizer, place: _Place, number: int, settings: list[Any]
 ) -> Item | None:
     """What can be updated of a parameter; None where nothing is to be done in this step, nor known
     of a later one, because there is neither a gradient nor a state."""
-    grad = param.grad
+    rule, param, grad = optimizer.rule, place.param, place.param.grad
+    names = settings[place.group_index][0]
     state = optimizer.state.get(param, {})
-    states = {name: state[name] for name in names if state.get(name) is not None}
-    if grad is None:
-        known = len(states) == len(names) and state and dispatch.fits(param, param)
-        if not known or not all(dispatch.fits(param, tensor) for tensor in states.values()):
-            return None
-        try:
-            backend = dispatch.backend_for([param, *states.values()], optimizer.backend, place)
-        except RuntimeError:  # time enough when there is a gradient
-            return None
-    else:
+    if grad is not None:
         dispatch.check(param, grad, place)
         dispatch.check_step(state.get("step", 0.0), place)
-        for name, tensor in states.items():
-            dispatch.check_state(param, name, tensor, place)
-        tensors = [param, grad, *states.values()]
-        backend = dispatch.backend_for(tensors, optimizer.backend, place)
-    return Item(place.group_index, param, grad, backend, state, states)
+    try:
+        forms = precision.kept(rule, place.group, param, names)
+    except ValueError as error:
+        if grad is None:
+            return None
+        raise ValueError(f"{place} {error}") from None
+    if grad is None:
+        known = state and dispatch.fits(param, param, tuple(param.shape))
+        if not known or not precision.are_there(param, state, forms):
+            return None
+    else:
+        precision.check(param, state, rule, forms, place)
+    tensors = [state[key] for form in forms for key in form.keys if state.get(key) is not None]
+    try:
+        grads = [] if grad is None else [grad]
+        backend = dispatch.backend_for([param, *grads, *tensors], optimizer.backend, place)
+    except RuntimeError:
+        if grad is None:  # time enough when there is a gradient
+            return None
+        raise
+    return Item(place.group_index, number, param, grad, backend, state, forms)
 
 
-def _make_states(
-    optimizer: Optimizer, items: list[Item], names: list[tuple[str, ...]], on_device: bool
-) -> None:
-    """Gives every item the states that it lacks."""
+def _make_states(optimizer: Optimizer, items: list[Item], on_device: bool) -> None:
+    """Gives every item the states that it lacks, and drops remainders that are out of date."""
     rule, groups = optimizer.rule, optimizer.param_groups
     # All memory first, so that nothing has changed where there is not enough of it.
-    made = []
+    made = {}
     for item in items:
+        if item.param in made:
+            continue  # a parameter that stands twice gets its states once
         step_on = item.param.device if on_device and item.backend == "triton" else None
-        new = new_states(
-            rule, groups[item.group], item.param, item.state, names[item.group], step_on
-        )
-        if new and capturing(item.param.device):
+        new = new_states(rule, groups[item.group], item.param, item.state, item.forms, step_on)
+        if new.new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
                 "each replay: make one step before the capture"
             )
-        made.append(new)
-    for item, new in zip(items, made, strict=True):
-        if new:
+        made[item.param] = new
+    for item in items:
+        new = made.pop(item.param, None)
+        if new is not None and new.new:
             item.state = optimizer.state.setdefault(item.param, {})
-        for name, tensor in new.items():
-            # A parameter that stands twice in its group gets its states once.
-            if name == "step" or item.state.get(name) is None:
-                item.state[name] = tensor
-                item.fresh = True
-        item.states = {name: item.state[name] for name in names[item.group]}
+            item.state.update(new.new)
+            item.fresh = new.fresh
+        for key in new.obsolete if new is not None else ():
+            del item.state[key]
+        item.state = optimizer.state.get(item.param, item.state)
+        if item.is_watched and item.grad is not None:
+            version = item.param._version
+            if optimizer._versions.get(item.param, version) != version:
+                item.state["param_remainder"].zero_()
+            optimizer._versions[item.param] = version
 
 
 def new_states(
@@ -424,31 +488,27 @@ def new_states(
     group: Group,
     param: Tensor,
     state: dict[str, Any],
-    names: tuple[str, ...],
+    forms: list[Kept],
     step_on: torch.device | None = None,
-) -> dict[str, Tensor]:
-    """The states called ``names``, and ``step``, that a parameter's ``state`` lacks.
+) -> precision.Made:
+    """The states in ``forms``, and ``step``, that a parameter's ``state`` lacks.
 
     Args:
         step_on: where the step must be, for a rule that has no use for it on the host too.
     """
-    missing = [name for name in names if state.get(name) is None]
-    new = {}
-    if rule.counts_steps or (names and (step_on is not None or "step" in state)):
+    made = precision.make(rule, group, param, state, forms)
+    if (
+        rule.counts_steps
+        or precision.is_random(forms)
+        or (len(forms) > 1 and (step_on is not None or "step" in state))
+    ):
         # A rule that does not count makes its first step with the states.
-        step = state.get("step", 0.0 if rule.counts_steps else 1.0)
-        if missing and not rule.counts_steps:
+        first = rule.counts_steps or made.fresh or len(forms) == 1
+        step = state.get("step", 0.0 if first else 1.0)
+        if made.fresh and not rule.counts_steps:
             step = 0.0
         device = step_on or torch.device("cpu")
         # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
         if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
-            new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
-    for name in missing:
-        new[name] = torch.full_like(
-            param,
-            rule.initial(group),
-            dtype=reference.arithmetic_dtype(param),
-            memory_format=torch.preserve_format,
-            requires_grad=False,
-        )
-    return new
+            made.new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+    return made

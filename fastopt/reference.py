@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .packing import Stored, in_memory_order, random_bits
+
 States = dict[str, Tensor]
 
 LANES = 1024  # the norm's fixed partition, as in csrc/norm.h
@@ -118,7 +120,7 @@ def adam(
     if max_exp_avg_sq is not None:
         max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = states["max_exp_avg_sq"] = max_exp_avg_sq
-    denom = sqrt(second_moment) / c.bias_correction2_sqrt + c.eps
+    denom = sqrt(second_moment) * c.inv_bias_correction2_sqrt + c.eps
     return p * c.decay - c.step_size * exp_avg / denom, states
 
 
@@ -133,25 +135,30 @@ def arithmetic_dtype(param: Tensor) -> torch.dtype:
 @torch.no_grad()
 def update_(
     rule: Rule,
-    param: Tensor,
+    param: Stored,
     grad: Tensor,
-    states: States,
+    states: dict[str, Stored],
     c: Any,
     grad_coef: float = 1.0,
     clip_value: float = math.inf,
+    seed: float = 0,
+    step: float = 0,
+    number: int = 0,
 ) -> None:
     """Makes one step of ``rule`` in place.
 
-    The gradient is multiplied by ``grad_coef`` and clamped to ±``clip_value`` first.
+    The gradient is multiplied by ``grad_coef`` and clamped to ±``clip_value`` first. Random numbers
+    depend on ``seed``, ``step`` and the parameter's ``number`` in the optimizer.
     """
-    dtype = arithmetic_dtype(param)
+    dtype = arithmetic_dtype(param.a)
+    random = functools.partial(random_bits, int(seed), int(step), number)
     g = (grad.to(dtype) * grad_coef).clamp(-clip_value, clip_value)
     new_param, new_states = rule(
-        param.to(dtype), g, c, **{name: state.to(dtype) for name, state in states.items()}
+        param.unpack(dtype), g, c, **{name: s.unpack(dtype) for name, s in states.items()}
     )
-    param.copy_(new_param)
+    param.pack_(new_param, random)
     for name, new in new_states.items():
-        states[name].copy_(new)
+        states[name].pack_(new, random)
 
 
 def power_sum(tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -174,8 +181,7 @@ def power_sum(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 def _terms(tensor: Tensor, order: float) -> Tensor:
     """The terms of the sum, in memory order."""
-    dims = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
-    x = tensor.permute(dims).reshape(-1).double().abs()
+    x = in_memory_order(tensor).double().abs()
     return x if order in (1, math.inf) else x * x if order == 2 else x**order
 
 

@@ -75,7 +75,7 @@ class AdamScalars(NamedTuple):
     beta2: float
     one_minus_beta2: float
     eps: float
-    bias_correction2_sqrt: float
+    inv_bias_correction2_sqrt: float
 
 
 def adam(
@@ -95,7 +95,7 @@ def adam(
         beta2=beta2,
         one_minus_beta2=1 - beta2,
         eps=eps,
-        bias_correction2_sqrt=math.sqrt(1 - beta2**step),
+        inv_bias_correction2_sqrt=1 / math.sqrt(1 - beta2**step),
     )
 
 
@@ -113,6 +113,8 @@ class Rule:
         counts_steps: whether a parameter's state has a ``step``. Where not, ``step`` is 1 in the
             step that creates the states and 2 ever after.
         initial: what the states are filled with at first.
+        non_negative: the names of the states that are never negative.
+        takes_8bit: whether 8 bits are enough for its states.
     """
 
     update: reference.Rule
@@ -121,6 +123,8 @@ class Rule:
     states: Callable[[Group], tuple[str, ...]]
     counts_steps: bool = True
     initial: Callable[[Group], float] = lambda group: 0.0
+    non_negative: tuple[str, ...] = ()
+    takes_8bit: bool = True
 
     @property
     def name(self) -> str:
@@ -193,6 +197,8 @@ RULES: dict[str, Rule] = {
             AdagradScalars._fields,
             lambda group: ("sum",),
             initial=lambda group: float(group["initial_accumulator_value"]),
+            non_negative=("sum",),
+            takes_8bit=False,
         ),
         Rule(
             reference.rmsprop,
@@ -201,6 +207,7 @@ RULES: dict[str, Rule] = {
             lambda group: _with_momentum(
                 ("square_avg", "grad_avg") if group["centered"] else ("square_avg",), group
             ),
+            non_negative=("square_avg",),
         ),
         Rule(
             reference.adam,
@@ -211,6 +218,7 @@ RULES: dict[str, Rule] = {
                 if group["amsgrad"]
                 else ("exp_avg", "exp_avg_sq")
             ),
+            non_negative=("exp_avg_sq", "max_exp_avg_sq"),
         ),
     )
 }

@@ -84,7 +84,7 @@ class Rows:
         self.kept: list[Tensor] = []  # until the kernels that read them have been launched
 
     def _key(self, group: Group) -> Any:
-        key = tuple(map(group.get, (*self.rule.keys, *_CLIPPING, "capturable")))
+        key = tuple(map(group.get, (*self.rule.keys, *_CLIPPING, "capturable", "seed")))
         try:
             hash(key)
         except TypeError:  # a list of betas
@@ -128,24 +128,32 @@ class Rows:
                 raise ValueError(f"Invalid {name} in param group {group}: {bound}")
         return -1.0 if maximize else 1.0, clip_value, max_norm
 
-    def driver(self, group: int, norm: float | None) -> tuple[float, float]:
-        """The gradient's factor and the bound of its elements, where the norm is known."""
+    def driver(
+        self, group: int, norm: float | None, step: float
+    ) -> tuple[float, float, float, float]:
+        """The gradient's factor, where the norm is known, the bound of its elements, seed and step
+        of random numbers."""
         sign, clip_value, max_norm = self.clipping(group)
         coef = sign * self.inv_scale
-        return coef if norm is None else coef * clip_coef(norm, max_norm), clip_value
+        if norm is not None:
+            coef *= clip_coef(norm, max_norm)
+        return coef, clip_value, float(self.groups[group]["seed"]), step
 
     def table(self, group: int, step: float) -> tuple[float, ...]:
         """A row of the table of scalars in kernels/tables.py."""
         sign, clip_value, max_norm = self.clipping(group)
         coef = sign * self.inv_scale
-        return (coef, clip_value, coef, max_norm, *self.scalars(group, step))
+        seed = float(self.groups[group]["seed"])
+        return (coef, clip_value, coef, max_norm, seed, step, *self.scalars(group, step))
 
     def settings(self, device: torch.device, address_of: Callable[[Tensor], int]) -> bytes:
         """The table of settings there; tensors on a device are not read."""
         rows = {}
         for g in self.distinct:
             sign, clip_value, max_norm = self.clipping(g)
-            values, addresses = array("d", (sign, clip_value, sign, max_norm)), array("q", [0] * 4)
+            seed = float(self.groups[g]["seed"])
+            values = array("d", (sign, clip_value, sign, max_norm, seed, 0.0))
+            addresses = array("q", [0] * len(values))
             for setting in self.rule.settings(self.groups[g]):
                 if is_on_device(setting):
                     dtype = torch.float64 if setting.dtype == torch.float64 else torch.float32

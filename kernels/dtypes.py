@@ -22,22 +22,32 @@ def load(address, at, mask, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED:
     else:
         x = tl.load(p, mask, 0)
     if DTYPE == tl.bfloat16:
-        x = (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        x = from_bits(x.to(tl.uint32) << 16)
     return x.to(COMPUTE)
 
 
 @triton.jit
 def store(address, at, mask, x, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The opposite of `load`: rounds to nearest, ties to even."""
-    if DTYPE.primitive_bitwidth == 16:
+    if DTYPE == tl.bfloat16 or DTYPE == tl.float16:
         x = x.to(tl.float32)  # as torch: a double is rounded twice
     if DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        x = tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
+        even = (bits(x) + 0x7FFF + ((bits(x) >> 16) & 1)) >> 16
+        x = tl.where(x != x, 0x7FC0, even).to(tl.uint16)
     else:
         x = x.to(DTYPE)
     tl.store(_pointer(address, DTYPE, ALIGNED) + at, x, mask)
+
+
+@triton.jit
+def bits(x):
+    """Those of fp32 numbers."""
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def from_bits(bits):
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

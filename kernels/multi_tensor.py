@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ DTYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
 }
 NO_GRAD = -1  # in place of a gradient's address, as in csrc/plan.h
 INTERPRETED = not isinstance(update, triton.JITFunction)  # TRITON_INTERPRET=1
@@ -52,13 +53,27 @@ class _Kind(NamedTuple):
 
     Args:
         wave: targets that share memory are updated one after the other, in launches of their own.
-        dtypes: of parameter, gradient and states.
+        dtypes: of parameter, gradient and states; of the first arrays of a packing.
+        packings: theirs.
         gap: as in `Target`.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
+    packings: tuple[str | None, ...]
     gap: int | None
+
+
+def _kind(target: Target) -> _Kind:
+    """Of a target of the first wave."""
+    a, *states = (DTYPES[stored.a.dtype] for stored in target.stored)
+    # What the kernels need not be told twice.
+    packing, *others = (
+        "master" if (stored.packing or "").startswith("master") else stored.packing
+        for stored in target.stored
+    )
+    dtypes = (a, DTYPES[target.grad.dtype], *states)
+    return _Kind(0, dtypes, (packing, None, *others), target.gap)
 
 
 class MultiTensor:
@@ -89,25 +104,26 @@ class MultiTensor:
         self.on_device = on_device
         self.device = targets[0].param.device
         self.staged = {i: Staged(target) for i, target in enumerate(targets) if target.is_odd}
-        written = [(target.param, *target.states) for target in targets]
+        written = [target.arrays for target in targets]
         for i, staged in self.staged.items():
-            written[i] = tuple(staged.written)
+            written[i] = staged.written
         self.numels = [target.param.numel() for target in targets]
         self.extents = [target.extent for target in targets]
-        self.kinds = [
-            (tuple(DTYPES[t.dtype] for t in (param, target.grad, *states)), target.gap)
-            for target, (param, *states) in zip(targets, written, strict=True)
-        ]
-        rows = max(map(len, written))
+        self.kinds = [_kind(target) for target in targets]
+        values = max(map(len, written))
         columns = [
             [
                 target.param.numel(),
                 target.group,
                 0 if target.step is None else target.step.data_ptr(),
-                *(tensor.data_ptr() for tensor in tensors),
-                *[0] * (rows - len(tensors)),
+                target.number,
+                *chain.from_iterable(
+                    (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
+                    for a, stored in zip(arrays, target.stored, strict=True)
+                ),
+                *[0] * 2 * (values - len(arrays)),
             ]
-            for target, tensors in zip(targets, written, strict=True)
+            for target, arrays in zip(targets, written, strict=True)
         ]
         n = len(targets)
         self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64, device="cpu").t())
@@ -264,6 +280,7 @@ class MultiTensor:
             N_SCALARS=self.n_scalars,
             GAP=kind.gap,
             DTYPES=kind.dtypes,
+            PACKINGS=kind.packings,
             **_options(),
         )
 
@@ -277,9 +294,9 @@ class MultiTensor:
         by_dtype: dict[tl.dtype, list[int]] = {}
         for i in active:
             if self.numels[i]:
-                dtypes, gap = self.kinds[i]
-                by_kind.setdefault(_Kind(self.waves[i], dtypes, gap), []).append(i)
-                by_dtype.setdefault(dtypes[1], []).append(i)
+                kind = self.kinds[i]._replace(wave=self.waves[i])
+                by_kind.setdefault(kind, []).append(i)
+                by_dtype.setdefault(kind.dtypes[1], []).append(i)
         self.launches = [(kind, self._cut(i, slots)) for kind, i in by_kind.items()]
         if len(by_kind) == 1:  # the common case
             self.norm_launches = [(kind.dtypes[1], chunks) for kind, chunks in self.launches]

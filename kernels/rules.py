@@ -127,7 +127,7 @@ def adam(
     beta2,
     one_minus_beta2,
     eps,
-    bias_correction2_sqrt,
+    inv_bias_correction2_sqrt,
     exp_avg,
     exp_avg_sq,
     max_exp_avg_sq=None,
@@ -141,7 +141,7 @@ def adam(
         max_exp_avg_sq = maximum(max_exp_avg_sq, exp_avg_sq)
         second_moment = max_exp_avg_sq
         states = states + (max_exp_avg_sq,)
-    denom = divide(sqrt(second_moment), bias_correction2_sqrt) + eps
+    denom = sqrt(second_moment) * inv_bias_correction2_sqrt + eps
     return (p * decay - divide(step_size * exp_avg, denom),) + states
 
 
@@ -158,7 +158,7 @@ def adam_scalars(step, lr, beta1, beta2, eps, weight_decay, decoupled_weight_dec
         beta2,
         1 - beta2,
         eps,
-        tl.sqrt(bias_correction2),
+        1 / tl.sqrt(bias_correction2),
     )
 
 

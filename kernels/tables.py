@@ -3,10 +3,12 @@
 What a launch does is a list of chunks, one for each program. Doubles stand in the tables bit by
 bit.
 
-Tensors: [PARAM + 1 + states, tensors]; a column has a tensor's number of elements, its param group,
-and the addresses of its step, itself and its states.
+Tensors: [PARAM + 2 * (1 + states), tensors]; a column has a tensor's number of elements, its param
+group, the address of its step, its number in the optimizer, and the addresses of both arrays (see
+`packed`) of itself and of each state.
 Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor without
-clipping and max_norm, from which `norm.clip` computes the first, and what the rule takes.
+clipping and max_norm, from which `norm.clip` computes the first, seed and step of random numbers,
+and what the rule takes.
 Settings: [groups, 2, OWN + the rule's hyperparameters]; what `update.compute_scalars` makes rows of
 scalars from: values, then the addresses of those that lie in the device's memory, else 0.
 """
@@ -15,12 +17,13 @@ import triton
 import triton.language as tl
 
 CHUNK = tl.constexpr(8192)  # elements; also the fixed partition of the norm
+BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a time
 THREADS = tl.constexpr(128)  # of a program
 
 # Rows of the table of tensors. Those of the states follow.
-NUMEL, GROUP, STEP, PARAM = (tl.constexpr(i) for i in range(4))
+NUMEL, GROUP, STEP, NUMBER, PARAM = (tl.constexpr(i) for i in range(5))
 # Columns of the table of scalars, and of that of settings. Those of the rule follow.
-COEF, CLIP_VALUE, SIGN, MAX_NORM, OWN = (tl.constexpr(i) for i in range(5))
+COEF, CLIP_VALUE, SIGN, MAX_NORM, SEED, COUNT, OWN = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit

@@ -7,33 +7,44 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastopt.packing import Stored, memory_order
+
 
 @dataclass
 class Target:
     """A tensor that is updated in place, of any layout.
 
     Args:
-        param: the tensor.
+        stored: how it is kept, and then how the states that the rule updates are. Codes, and the
+            second arrays of packings, have no gaps and lie in the memory order of the tensor.
         grad: of the dtype and strides that its gradients will have.
-        states: those that the rule updates.
         gap: before which of the states one is missing that the rule can have.
         group: the row of the settings.
+        number: its place in the optimizer.
         step: fp32, 0-dim, on the device; None where the host counts, or nobody.
     """
 
-    param: Tensor
+    stored: Sequence[Stored]
     grad: Tensor
-    states: Sequence[Tensor] = ()
     gap: int | None = None
     group: int = 0
+    number: int = 0
     step: Tensor | None = None
+
+    @property
+    def param(self) -> Tensor:
+        return self.stored[0].a
+
+    @property
+    def arrays(self) -> list[Tensor]:
+        """The first arrays."""
+        return [stored.a for stored in self.stored]
 
     @property
     def is_odd(self) -> bool:
         """Whether its tensors have gaps, or lie in different orders: kernels need `Staged` then."""
-        dims = _memory_order(self.param)
-        tensors = (self.param, self.grad, *self.states)
-        return not all(tensor.permute(dims).is_contiguous() for tensor in tensors)
+        dims = memory_order(self.param)
+        return not all(tensor.permute(dims).is_contiguous() for tensor in (*self.arrays, self.grad))
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -50,8 +61,8 @@ class Staged:
     """Stands in for a target: without gaps, all in the memory order of the parameter."""
 
     def __init__(self, target: Target) -> None:
-        self.dims = _memory_order(target.param)
-        views = [t.detach().permute(self.dims) for t in (target.param, *target.states)]
+        self.dims = memory_order(target.param)
+        views = [array.detach().permute(self.dims) for array in target.arrays]
         self.written = [view.contiguous() for view in views]
         self.copies = [(c, v) for c, v in zip(self.written, views, strict=True) if c is not v]
         self.grads: tuple[Tensor, ...] = ()
@@ -59,7 +70,7 @@ class Staged:
     def take_grad(self, grad: Tensor) -> tuple[int, int]:
         """The gradient's addresses for the update, and for the norm, which goes by the gradient's
         own memory order."""
-        orders = self.dims, _memory_order(grad)
+        orders = self.dims, memory_order(grad)
         # Kept until the kernels that read them have been launched.
         self.grads = tuple(grad.detach().permute(dims).contiguous() for dims in orders)
         return self.grads[0].data_ptr(), self.grads[1].data_ptr()
@@ -100,8 +111,3 @@ def _number(cluster: list[int], extents: Sequence[tuple[int, int]], found: list[
         for j in cluster[:k]:
             if extents[i][0] < extents[j][1] and extents[j][0] < extents[i][1]:
                 found[i] = max(found[i], found[j] + 1)
-
-
-def _memory_order(tensor: Tensor) -> list[int]:
-    """The tensor's dimensions from the largest stride to the smallest."""
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)

@@ -3,17 +3,21 @@
 import triton
 import triton.language as tl
 
-from .dtypes import load, store
 from .norm import clip_coef, reduce_rows
+from .packed import CODE_BLOCK, pack, random_key, unpack
 from .tables import (
+    BLOCK,
     CHUNK,
     CLIP_VALUE,
     COEF,
+    COUNT,
     GROUP,
     MAX_NORM,
+    NUMBER,
     NUMEL,
     OWN,
     PARAM,
+    SEED,
     SIGN,
     STEP,
     THREADS,
@@ -22,19 +26,28 @@ from .tables import (
     locate,
 )
 
-BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a time
+@triton.jit
+def b_bytes(elements, PACKING: tl.constexpr):
+    """The size of the second array of a packing."""
+    if PACKING == "codes" or PACKING == "unsigned_codes":
+        return elements // CODE_BLOCK * 4
+    else:
+        return elements * (2 if PACKING == "remainder" else 4)
 
 
 @triton.jit
 def update_blocks(
     addresses,
+    beside,
     left,
     coef,
     clip_value,
     scalars,
+    key,
     RULE: tl.constexpr,
     GAP: tl.constexpr,
     DTYPES: tl.constexpr,
+    PACKINGS: tl.constexpr,
     COMPUTE: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -42,23 +55,26 @@ def update_blocks(
 
     Args:
         addresses: of parameter, gradient and states.
+        beside: of the second arrays of their packings.
+        key: of random numbers.
         FULL: all addresses are multiples of 16 bytes, too.
     """
+    end = None if FULL else left
     for begin in range(0, CHUNK if FULL else tl.minimum(left, CHUNK).to(tl.int32), BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        mask = None if FULL else at < left
         x = ()
         for i in tl.static_range(len(DTYPES)):
-            x = x + (load(addresses[i], at, mask, DTYPES[i], COMPUTE, FULL),)
+            a, b = addresses[i], beside[i]
+            x = x + (unpack(a, b, begin, end, PACKINGS[i], DTYPES[i], COMPUTE, FULL),)
         g = x[1] * coef
         g = tl.where(g > clip_value, clip_value, tl.where(g < -clip_value, -clip_value, g))
         if GAP is None:
             new = RULE(x[0], g, *scalars, *x[2:])
         else:
             new = RULE(x[0], g, *scalars, *x[2 : 2 + GAP], None, *x[2 + GAP :])
-        for i in tl.static_range(len(DTYPES) - 1):
-            # All but the gradient.
-            store(addresses[i + (i > 0)], at, mask, new[i], DTYPES[i + (i > 0)], FULL)
+        for j in tl.static_range(len(DTYPES) - 1):
+            i: tl.constexpr = j + (j > 0)  # all but the gradient
+            a, b = addresses[i], beside[i]
+            pack(a, b, begin, end, new[j], key, PACKINGS[i], DTYPES[i], FULL)
 
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
@@ -72,29 +88,47 @@ def update(
     RULE: tl.constexpr,
     N_SCALARS: tl.constexpr,
     GAP: tl.constexpr,  # before which of the states one is missing that the rule can have
-    DTYPES: tl.constexpr,  # of parameter, gradient and states
+    DTYPES: tl.constexpr,  # of parameter, gradient and states; of the first arrays of a packing
+    PACKINGS: tl.constexpr,  # their packings
 ):
     """One step of a rule for each chunk of the parameters."""
     tensor, begin, left = locate(chunks, tensors + NUMEL * n)
     COMPUTE: tl.constexpr = tl.float64 if DTYPES[0] == tl.float64 else tl.float32
     addresses = ()
+    beside = ()
     bits = begin * 0
     for i in tl.static_range(len(DTYPES)):
-        column = grads if i == 1 else tensors + (PARAM + i - (i > 1)) * n
-        address = tl.load(column + tensor) + begin * (DTYPES[i].primitive_bitwidth // 8)
+        row = tensors + (PARAM + 2 * (i - (i > 1))) * n
+        address = tl.load((grads if i == 1 else row) + tensor)
+        address += begin * (DTYPES[i].primitive_bitwidth // 8)
         addresses = addresses + (address,)
         bits = bits | address
+        other = begin * 0
+        if PACKINGS[i] is not None and PACKINGS[i] != "stochastic":
+            other = tl.load(row + n + tensor) + b_bytes(begin, PACKINGS[i])
+            if PACKINGS[i] == "remainder" or PACKINGS[i] == "master":
+                bits = bits | other
+        beside = beside + (other,)
     scalars += tl.load(row_of + tensor) * (OWN + N_SCALARS)
     coef = as_double(tl.load(scalars + COEF)).to(COMPUTE)
     clip_value = as_double(tl.load(scalars + CLIP_VALUE)).to(COMPUTE)
     own = ()
     for k in tl.static_range(N_SCALARS):
         own = own + (as_double(tl.load(scalars + OWN + k)).to(COMPUTE),)
+    seed = as_double(tl.load(scalars + SEED))
+    count = as_double(tl.load(scalars + COUNT))
+    key = random_key(seed, count, tl.load(tensors + NUMBER * n + tensor), begin // CHUNK)
     left = tl.where(clip_value < 0, 0, left)
     if (left >= CHUNK) & (bits % 16 == 0):
-        update_blocks(addresses, left, coef, clip_value, own, RULE, GAP, DTYPES, COMPUTE, True)
+        update_blocks(
+            *(addresses, beside, left, coef, clip_value, own, key),
+            *(RULE, GAP, DTYPES, PACKINGS, COMPUTE, True),
+        )
     else:
-        update_blocks(addresses, left, coef, clip_value, own, RULE, GAP, DTYPES, COMPUTE, False)
+        update_blocks(
+            *(addresses, beside, left, coef, clip_value, own, key),
+            *(RULE, GAP, DTYPES, PACKINGS, COMPUTE, False),
+        )
 
 
 @triton.jit
@@ -162,6 +196,6 @@ def compute_scalars(
         counts = tl.where(overflow, False, counts)
     tl.store(at, step.to(tl.float32), counts)
     # What clipping needs has served.
-    row = (coef, clip_value, coef, coef) + RULE_SCALARS(step, *values[OWN:])
+    row = (coef, clip_value, coef, coef, values[SEED], step) + RULE_SCALARS(step, *values[OWN:])
     for k in tl.static_range(len(row)):
         tl.store(scalars + tensor * len(row) + k, as_word(row[k]), known)

@@ -1,0 +1,258 @@
+"""The specification of how numbers are kept in two arrays, in plain torch operators.
+
+16-bit parameters lie beside what makes fp32 masters of them, 8-bit states beside their scales. The
+arithmetic sees fp32 only: `Stored.unpack` makes it, `Stored.pack_` stores it again.
+``csrc/packed.h`` and ``kernels/packed.py`` have the same functions, with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CODE_BLOCK = 256  # elements that share a scale
+CHUNK = 8192  # elements that share a key
+MANTISSA = 5  # bits of a code
+SHIFT = 23 - MANTISSA
+ONE = 127 << MANTISSA  # the code of 1.0, were it one
+MIN_SCALE = 2.0**-120
+NAN = 0x7FC00000  # the bits of one
+
+Random = Callable[[Tensor], Tensor]
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The tensor's dimensions from the largest stride to the smallest."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The elements in one dimension; a view of a tensor without gaps."""
+    return tensor.permute(memory_order(tensor)).reshape(-1)
+
+
+def bits(x: Tensor) -> Tensor:
+    """Those of fp32 numbers, as int64 in 0 .. 2^32 - 1."""
+    return x.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)  # wraps
+
+
+def bfloat16_from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int16).view(torch.bfloat16)  # wraps
+
+
+def nearest_bfloat16(x: Tensor) -> Tensor:
+    """To nearest, ties away from zero.
+
+    A remainder of 16 bits cannot tell the two ties of an even number apart, which
+    ``x.bfloat16()`` rounds to that number both. The results differ for 1 in 131,072 numbers.
+    """
+    return bfloat16_from_bits(torch.where(x.isnan(), NAN, bits(x) + 0x8000) >> 16)
+
+
+def _unpack_remainder(param: Tensor, remainder: Tensor) -> Tensor:
+    value = param.float()
+    master = from_bits(bits(value) + remainder)
+    # A parameter that was set to 0 or infinity, with the remainder of what it was before.
+    return torch.where(master.isnan(), value, master)
+
+
+def _pack_remainder(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
+    return nearest_bfloat16(x), torch.where(x.isnan(), 0, bits(x)).to(torch.int16)
+
+
+def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter of a master."""
+    return nearest_bfloat16(master) if dtype == torch.bfloat16 else master.to(dtype)
+
+
+def _unpack_master(param: Tensor, master: Tensor) -> Tensor:
+    # A master that is not what the parameter was rounded from is out of date.
+    rounded = _rounded(master, param.dtype)
+    stands = rounded.view(torch.int16) == param.view(torch.int16)
+    return torch.where(stands, master, param.float())
+
+
+def _pack_master(dtype: torch.dtype) -> Callable[[Tensor, Random], tuple[Tensor, Tensor]]:
+    return lambda x, random: (_rounded(x, dtype), x)
+
+
+def _unpack_stochastic(param: Tensor, nothing: None) -> Tensor:
+    return param.float()
+
+
+def _pack_stochastic(x: Tensor, random: Random) -> tuple[Tensor, None]:
+    """Rounds up with a probability that is the dropped part: unbiased."""
+    return bfloat16_from_bits(torch.where(x.isnan(), NAN, bits(x) + random(x)) >> 16), None
+
+
+def _level(codes: Tensor) -> Tensor:
+    return from_bits((codes.long() + ONE) << SHIFT) - 1
+
+
+def _unpack_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    return _unpack_levels(codes & 0x7F, scale).copysign(127.5 - codes.float())
+
+
+def _unpack_levels(codes: Tensor, scale: Tensor) -> Tensor:
+    x = torch.empty_like(codes, dtype=torch.float32)
+    scales = scale.repeat_interleave(CODE_BLOCK)[: codes.numel()]
+    in_memory_order(x).copy_(_level(in_memory_order(codes)) * scales)
+    return x
+
+
+def _pack_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
+    """Codes of numbers with a sign.
+
+    A code c stands for (z - 1) * scale, where z is the c-th number from 1 on that has MANTISSA bits
+    after the point: evenly spaced near 0, then in octaves, each with the relative precision of
+    MANTISSA bits. The scale makes the largest of a block the largest code.
+    """
+    codes, scale = _pack_levels(x, 127, torch.full_like(x, 1 << (SHIFT - 1), dtype=torch.int64))
+    return torch.where(x.signbit(), codes | 0x80, codes), scale
+
+
+def _pack_unsigned_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
+    """The same of numbers without a sign, which have twice the octaves.
+
+    They are rounded stochastically: a moving average of squares moves by less than half a code in
+    most steps, and would never move at all. They do not become code 0, so that they do not decode
+    to 0: a denominator of eps alone would make a step of any size. Code 0 is what new states are
+    filled with.
+    """
+    # 15 random bits: the largest z, with its rounding errors, must stay within the largest code.
+    codes, scale = _pack_levels(x, 255, random(x) >> 1 << (SHIFT - 15))
+    return codes.clamp(min=1), scale
+
+
+def _pack_levels(x: Tensor, max_code: int, dither: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.abs()
+    blocks = torch.nn.functional.pad(in_memory_order(x), (0, -x.numel() % CODE_BLOCK))
+    # As integers, among which NaN is larger than infinity.
+    largest = from_bits(bits(blocks.view(-1, CODE_BLOCK)).amax(1))
+    scale = largest / _level(torch.tensor(max_code, device=x.device))
+    scale = torch.where(scale < MIN_SCALE, MIN_SCALE, scale)  # no denormals, for their inverses
+    inverse = torch.empty_like(x)
+    in_memory_order(inverse).copy_((1 / scale).repeat_interleave(CODE_BLOCK)[: x.numel()])
+    z = x * inverse + 1
+    return (((bits(z) + dither) >> SHIFT) - ONE) & max_code, scale
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A way of keeping numbers in an array ``a`` of their shape and an array ``b`` beside it.
+
+    Args:
+        a: dtype.
+        b: dtype; None where there is no such array.
+        unpack: fp32 numbers of ``a`` and ``b``.
+        pack: ``a`` and ``b`` of fp32 numbers.
+        is_random: ``pack`` rounds stochastically.
+        is_coded: ``b`` has an element for each block of `CODE_BLOCK`, else for each element.
+    """
+
+    a: torch.dtype
+    b: torch.dtype | None
+    unpack: Callable[..., Tensor]
+    pack: Callable[[Tensor, Random], tuple[Tensor, Tensor | None]]
+    is_random: bool = False
+
+    @property
+    def is_coded(self) -> bool:
+        return self.a == torch.uint8
+
+
+#: In the order of Packing in csrc/packed.h.
+PACKINGS = {
+    "remainder": Packing(torch.bfloat16, torch.int16, _unpack_remainder, _pack_remainder),
+    "master_of_bfloat16": Packing(
+        torch.bfloat16, torch.float32, _unpack_master, _pack_master(torch.bfloat16)
+    ),
+    "master_of_float16": Packing(
+        torch.float16, torch.float32, _unpack_master, _pack_master(torch.float16)
+    ),
+    "stochastic": Packing(
+        torch.bfloat16, None, _unpack_stochastic, _pack_stochastic, is_random=True
+    ),
+    "codes": Packing(torch.uint8, torch.float32, _unpack_codes, _pack_codes),
+    "unsigned_codes": Packing(
+        torch.uint8, torch.float32, _unpack_levels, _pack_unsigned_codes, is_random=True
+    ),
+}
+
+
+@dataclass
+class Stored:
+    """Numbers, however they are kept.
+
+    Args:
+        a: the numbers themselves, or the first array of a packing.
+        packing: one of `PACKINGS`; None: plain.
+        b: the second array of the packing.
+    """
+
+    a: Tensor
+    packing: str | None = None
+    b: Tensor | None = None
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The numbers in the type of the arithmetic."""
+        if self.packing is None:
+            return self.a.detach().to(dtype)
+        return PACKINGS[self.packing].unpack(self.a.detach(), self.b)
+
+    def pack_(self, x: Tensor, random: Random) -> None:
+        """Stores numbers."""
+        if self.packing is None:
+            self.a.copy_(x)
+            return
+        # Blocks and random numbers go by the memory order of the first array.
+        x = torch.empty_like(self.a, dtype=torch.float32).copy_(x)
+        a, b = PACKINGS[self.packing].pack(x, random)
+        self.a.copy_(a)
+        if self.b is not None and b is not None:
+            self.b.copy_(b)
+
+
+def b_shape(packing: str, a: Tensor) -> tuple[int, ...]:
+    """The shape of a packing's second array."""
+    if PACKINGS[packing].is_coded:
+        return (math.ceil(a.numel() / CODE_BLOCK),)
+    return tuple(a.shape)
+
+
+def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:
+    """16 random bits for each element of a tensor, as int64 of its shape.
+
+    A function of nothing but its arguments and of the element's place in memory order: in each
+    chunk a Weyl sequence that starts at a key, and one round of shift and multiply.
+
+    Args:
+        param: the parameter's place in the optimizer.
+    """
+    n = like.numel()
+    keys = [_key(seed, step, param, chunk) >> 32 for chunk in range(math.ceil(n / CHUNK))]
+    key = torch.tensor(keys, dtype=torch.int64).to(like.device).repeat_interleave(CHUNK)[:n]
+    x = torch.arange(n, device=like.device) % CHUNK * 0x9E3779B1 + key & 0xFFFFFFFF
+    x = (x ^ x >> 16) * 0x2C1B3C6D & 0xFFFFFFFF
+    result = torch.empty_like(like, dtype=torch.int64)
+    in_memory_order(result).copy_(x >> 16)
+    return result
+
+
+def _key(*words: int) -> int:
+    """64 bits: each word is mixed in with the finalizer of SplitMix64 (Steele et al. 2014)."""
+    key = 0
+    for word in words:
+        z = (key + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) ^ word
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        key = z ^ z >> 31
+    return key

@@ -1,0 +1,160 @@
+"""Numbers that are kept in two arrays: the functions of ``fastopt/packing.py``, with the same bits.
+
+``unpack`` makes numbers of BLOCK elements from `begin` on, up to `left`, of the arrays at the
+addresses `a` and `b`; ``pack`` stores them again. `left` is None if they are all there; PACKING is
+None for what is kept plainly, in the array `a` alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .dtypes import bits, from_bits, load, store
+from .tables import BLOCK
+
+CODE_BLOCK = tl.constexpr(256)  # elements that share a scale
+MANTISSA = tl.constexpr(5)  # bits of a code
+SHIFT = tl.constexpr(23 - 5)
+HALF = tl.constexpr(1 << 17)  # of a code, in the bits that are dropped
+ONE = tl.constexpr(127 << 5)  # the code of 1.0, were it one
+MIN_SCALE = tl.constexpr(2.0**-120)
+NAN = tl.constexpr(0x7FC00000)  # the bits of one
+
+
+@triton.jit
+def nearest_away(x):
+    """The bits of bf16 numbers: to nearest, ties away from zero."""
+    return (tl.where(x != x, NAN, bits(x) + 0x8000) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """The bits of the parameters of masters."""
+    if DTYPE == tl.bfloat16:
+        return nearest_away(x)
+    else:
+        return x.to(tl.float16).to(tl.uint16, bitcast=True)
+
+
+@triton.jit
+def level(code):
+    return from_bits((code.to(tl.uint32) + ONE) << SHIFT) - 1.0
+
+
+@triton.jit
+def in_code_blocks(x):
+    return tl.reshape(x, (BLOCK // CODE_BLOCK, CODE_BLOCK))
+
+
+@triton.jit
+def scales_at(begin):
+    """Where the scales of BLOCK elements are."""
+    return begin // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK)
+
+
+@triton.jit
+def unpack(
+    a,
+    b,
+    begin,
+    left,
+    PACKING: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    mask = None if left is None else at < left
+    if PACKING == "remainder":
+        value = load(a, at, mask, tl.bfloat16, COMPUTE, ALIGNED)
+        remainder = load(b, at, mask, tl.int16, tl.int32, ALIGNED)
+        master = from_bits(bits(value) + remainder.to(tl.uint32, bitcast=True))
+        return tl.where(master != master, value, master)
+    elif PACKING == "master":
+        value = load(a, at, mask, DTYPE, COMPUTE, ALIGNED)
+        master = load(b, at, mask, tl.float32, COMPUTE, ALIGNED)
+        return tl.where(rounded(master, DTYPE) == rounded(value, DTYPE), master, value)
+    elif PACKING == "codes" or PACKING == "unsigned_codes":
+        code = load(a, at, mask, tl.uint8, tl.uint32, ALIGNED)
+        scales = scales_at(begin)
+        known = None if left is None else scales * CODE_BLOCK < left
+        scale = load(b, scales, known, tl.float32, COMPUTE, False)
+        magnitude = code if PACKING == "unsigned_codes" else code & 0x7F
+        x = in_code_blocks(level(magnitude)) * tl.expand_dims(scale, 1)
+        x = tl.reshape(x, (BLOCK,))
+        if PACKING == "codes":
+            x = from_bits(bits(x) | (code & 0x80) << 24)
+        return x
+    else:
+        return load(a, at, mask, DTYPE, COMPUTE, ALIGNED)
+
+
+@triton.jit
+def pack(
+    a,
+    b,
+    begin,
+    left,
+    x,
+    key,
+    PACKING: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    at = begin + tl.arange(0, BLOCK)
+    mask = None if left is None else at < left
+    if PACKING == "remainder":
+        store(a, at, mask, nearest_away(x), tl.uint16, ALIGNED)
+        store(b, at, mask, tl.where(x != x, 0, bits(x)).to(tl.uint16), tl.uint16, ALIGNED)
+    elif PACKING == "master":
+        store(a, at, mask, rounded(x, DTYPE), tl.uint16, ALIGNED)
+        store(b, at, mask, x, tl.float32, ALIGNED)
+    elif PACKING == "stochastic":
+        up = tl.where(x != x, NAN, bits(x) + random_bits(key, at))
+        store(a, at, mask, (up >> 16).to(tl.uint16), tl.uint16, ALIGNED)
+    elif PACKING == "codes" or PACKING == "unsigned_codes":
+        sign = (bits(x) >> 24) & 0x80
+        magnitude = bits(x) & 0x7FFFFFFF
+        if mask is not None:
+            magnitude = tl.where(mask, magnitude, 0)
+        MAX_CODE: tl.constexpr = 255 if PACKING == "unsigned_codes" else 127
+        largest = tl.max(in_code_blocks(magnitude.to(tl.int32, bitcast=True)), 1)
+        scale = tl.div_rn(from_bits(largest), level(tl.full((), MAX_CODE, tl.uint32)))
+        scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
+        scales = scales_at(begin)
+        known = None if left is None else scales * CODE_BLOCK < left
+        store(b, scales, known, scale, tl.float32, False)
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+        z = in_code_blocks(from_bits(magnitude)) * tl.expand_dims(inverse, 1) + 1.0
+        z = tl.reshape(z, (BLOCK,))
+        if PACKING == "unsigned_codes":
+            # 15 bits: the largest z, with its rounding errors, must stay within the largest code.
+            dither = (random_bits(key, at) >> 1) << (SHIFT - 15)
+        else:
+            dither = HALF
+        code = (((bits(z) + dither) >> SHIFT) - ONE) & MAX_CODE
+        code = tl.maximum(code, 1) if PACKING == "unsigned_codes" else code | sign
+        store(a, at, mask, code.to(tl.uint8), tl.uint8, ALIGNED)
+    else:
+        store(a, at, mask, x, DTYPE, ALIGNED)
+
+
+@triton.jit
+def random_key(seed, step, param, chunk):
+    """For a chunk: each word is mixed in with the finalizer of SplitMix64 (Steele et al. 2014)."""
+    key = tl.full((), 0, tl.uint64)
+    words = (seed, step, param, chunk)
+    for i in tl.static_range(4):
+        z = (key + 0x9E3779B97F4A7C15) ^ words[i].to(tl.uint64)
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+        key = z ^ (z >> 31)
+    return (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def random_bits(key, at):
+    """16 bits for each of the elements `at` of a chunk: a Weyl sequence that starts at the key, and
+    one round of shift and multiply."""
+    x = at.to(tl.uint32) * 0x9E3779B1 + key
+    x = (x ^ (x >> 16)) * 0x2C1B3C6D
+    return x >> 16
