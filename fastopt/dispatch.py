@@ -298,7 +298,7 @@ def check_step(step: object, where: object) -> None:
 def fits(
     param: Tensor, state: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> bool:
-    """Whether an object can be a state of the parameter, with this shape and one of these dtypes."""
+    """Whether an object can be a state of the parameter, of this shape and one of these dtypes."""
     return (
         isinstance(state, Tensor)
         and state.shape == shape

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from . import dispatch, precision, reference
+from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
 from .plan import Plan, new_states
 from .rules import RULES, Group, Rule
@@ -21,8 +21,8 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 class Optimizer(torch.optim.Optimizer):
     """What the optimizers have in common; a subclass adds its rule and its settings.
 
-    States are torch's by name, kept in fp32 (fp64 for fp64 parameters) whatever the parameter's
-    dtype. State dicts go from and to the torch class of the same name.
+    The arithmetic is in fp32 (fp64 for fp64 parameters), weight decay included. States are torch's
+    by name. State dicts go from and to the torch class of the same name.
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as in torch. Every setting may differ
@@ -41,6 +41,18 @@ class Optimizer(torch.optim.Optimizer):
             `math.inf` only measures; None, the default, does neither. A group may have its own
             ``max_norm``, but the norm is always that of all groups.
         clip_value: clamp every element of the gradients to ±clip_value, after ``max_norm``.
+        master_weights: what makes fp32 numbers of 16-bit parameters. ``"split"``: an int16
+            ``param_remainder``, which with the bf16 parameter is the fp32 master, bit for bit; a
+            parameter that is written from outside wins. ``"fp32"``: a ``master_param``, for fp16
+            too; elements written from outside win. ``"stochastic"``: nothing, bf16 parameters are
+            rounded stochastically instead. None: nothing, they are rounded to nearest. ``"auto"``:
+            ``"split"`` for bf16 and ``"fp32"`` for fp16. Means nothing for fp32 and fp64. With a
+            master, bf16 parameters are rounded to nearest, ties away from zero.
+        state_dtype: how the states are kept: `torch.float32` (fp64 for fp64 parameters);
+            `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
+            ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, not for Adagrad.
+        seed: of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on it, on the
+            step, on the parameter's place in the optimizer and on nothing else.
         backend: "auto", "triton", "cpp" or "reference"; "auto" follows the environment variable
             ``FASTOPT_BACKEND`` where it is set, and else takes the fastest for each parameter.
 
@@ -50,7 +62,8 @@ class Optimizer(torch.optim.Optimizer):
             writes to the tensor that this was when the step was captured.
 
     Raises:
-        ValueError: a setting is out of range or not finite, or there is no such backend.
+        ValueError: a setting is out of range or not finite, or not for this rule, or there is no
+            such backend.
         NotImplementedError: ``differentiable`` is True.
         RuntimeError: the backend does not work here.
     """
@@ -79,7 +92,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter, gradient or state cannot be used: sparse, complex, on another
                 device, ...; the message names it.
-            ValueError: a hyperparameter is not finite.
+            ValueError: a hyperparameter is not finite, or a precision mode does not fit a
+                parameter's dtype.
         """
         loss = None
         if closure is not None:
@@ -119,22 +133,57 @@ class Optimizer(torch.optim.Optimizer):
             _check_settings(self.rule, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
-        copies them, so that the optimizer shares no memory with ``state_dict``.
+        copies them, so that the optimizer shares no memory with ``state_dict``. ``master_weights``
+        and ``state_dtype`` remain what they are; what the state dict has in another form is
+        converted. A state dict of torch is rounded as it has to be.
+
+        Args:
+            lossy: convert also what cannot be converted exactly.
+
+        Raises:
+            ValueError: a conversion would lose something (without ``lossy``), or the state dict
+                does not fit; nothing was changed.
         """
+        saved: list[Group] = []
+
+        def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            saved.extend(state_dict["param_groups"])
+            return checkpoints.prepare(optimizer, state_dict)
+
         # Registered only now, to run after the user's hooks.
-        handle = self.register_load_state_dict_pre_hook(_prepare)
+        handle = self.register_load_state_dict_pre_hook(prepare)
         before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+            checkpoints.convert(self, saved, lossy)
         except BaseException:
             self.state, self.param_groups = before
             raise
         finally:
             handle.remove()
+
+    def torch_state_dict(self) -> dict[str, Any]:
+        """`state_dict` as `torch.optim` wants it, where ``state_dtype`` is ``"8bit"``.
+
+        The states are fp32 numbers under torch's names; what belongs to master weights is left out
+        (see `master_params`). The other modes' state dicts load into `torch.optim` as they are.
+        """
+        return checkpoints.for_torch(self)
+
+    def master_params(self) -> Iterator[Tensor]:
+        """The parameters at full precision, in the order of the groups, for evaluation or export.
+
+        Yields:
+            fp32 tensors: the masters of 16-bit parameters, or what those without a master are;
+            fp32 and fp64 parameters themselves, detached. Not to be written.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                yield precision.master(group, param, self.state.get(param, {}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
@@ -148,53 +197,7 @@ class Optimizer(torch.optim.Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._captured = getattr(self, "_captured", [])
-        groups = {param: group for group in self.param_groups for param in group["params"]}
-        for key, values in self.state.items():
-            if isinstance(values, dict):
-                for name, value in values.items():
-                    if isinstance(value, _Saved):
-                        values[name] = value.restored(key, name, self.rule, groups.get(key))
-
-
-class _Saved:
-    """A tensor of a state dict, out of the reach of torch's casts."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def restored(self, param: Any, name: str, rule: Rule, group: Group | None) -> Tensor:
-        """A copy as `param`, of a group, needs it; as it is for any other key."""
-        if group is None:
-            return self.tensor
-        if name == "step" and self.tensor.numel() == 1:
-            on_device = group["capturable"] and param.is_cuda
-            device = param.device if on_device else torch.device("cpu")
-            return self.tensor.reshape(()).to(device, torch.float32, copy=True)
-        dtype = self.tensor.dtype
-        if name in rule.states(group):
-            dtype = reference.arithmetic_dtype(param)
-        return self.tensor.to(param.device, dtype, copy=True)
-
-
-def _prepare(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with its tensors wrapped, and its groups with what they lack from ours: a torch
-    checkpoint knows no `max_norm`."""
-
-    def wrapped(value: Any) -> Any:
-        return _Saved(value) if isinstance(value, Tensor) else value
-
-    groups = list(state_dict["param_groups"])
-    if len(groups) == len(optimizer.param_groups):  # else torch raises
-        ours = [{**group, "params": None} for group in optimizer.param_groups]
-        groups = [{**own, **saved} for own, saved in zip(ours, groups, strict=True)]
-    return {
-        **state_dict,
-        "param_groups": groups,
-        "state": {
-            key: {k: wrapped(v) for k, v in values.items()} if isinstance(values, dict) else values
-            for key, values in state_dict["state"].items()
-        },
-    }
+        checkpoints.restore(self)
 
 
 # The names that torch gives them in its messages.

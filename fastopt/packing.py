@@ -8,7 +8,7 @@ arithmetic sees fp32 only: `Stored.unpack` makes it, `Stored.pack_` stores it ag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,6 +168,18 @@ class Packing:
     def is_coded(self) -> bool:
         return self.a == torch.uint8
 
+    def b_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of ``b`` beside an ``a`` of a shape."""
+        return (math.ceil(math.prod(shape) / CODE_BLOCK),) if self.is_coded else tuple(shape)
+
+    def new_b(self, like: Tensor) -> Tensor | None:
+        """A ``b`` for a tensor, in the order of its memory, uninitialized."""
+        if self.is_coded:
+            return torch.empty(self.b_shape(like.shape), dtype=self.b, device=like.device)
+        if self.b is None:
+            return None
+        return torch.empty_like(like, dtype=self.b, requires_grad=False)
+
 
 #: In the order of Packing in csrc/packed.h.
 PACKINGS = {
@@ -219,13 +231,6 @@ class Stored:
         self.a.copy_(a)
         if self.b is not None and b is not None:
             self.b.copy_(b)
-
-
-def b_shape(packing: str, a: Tensor) -> tuple[int, ...]:
-    """The shape of a packing's second array."""
-    if PACKINGS[packing].is_coded:
-        return (math.ceil(a.numel() / CODE_BLOCK),)
-    return tuple(a.shape)
 
 
 def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:

@@ -373,7 +373,6 @@ class Plan:
             total += float(reference.power_sum(grads, 2))
         return total
 
-
     def versions(self) -> dict[Tensor, int]:
         """The versions of parameters that have a remainder, as this plan left or expects them."""
         found = {item.param: item.param._version for item in self.others if item.is_watched}
@@ -417,9 +416,7 @@ class _Place:
         return f"parameter {self.index}{name} of group {self.group_index}, of shape {shape},"
 
 
-def _item(
-    optimizer: Optimizer, place: _Place, number: int, settings: list[Any]
-) -> Item | None:
+def _item(optimizer: Optimizer, place: _Place, number: int, settings: list[Any]) -> Item | None:
     """What can be updated of a parameter; None where nothing is to be done in this step, nor known
     of a later one, because there is neither a gradient nor a state."""
     rule, param, grad = optimizer.rule, place.param, place.param.grad
@@ -468,13 +465,14 @@ def _make_states(optimizer: Optimizer, items: list[Item], on_device: bool) -> No
             )
         made[item.param] = new
     for item in items:
-        new = made.pop(item.param, None)
-        if new is not None and new.new:
-            item.state = optimizer.state.setdefault(item.param, {})
-            item.state.update(new.new)
-            item.fresh = new.fresh
-        for key in new.obsolete if new is not None else ():
-            del item.state[key]
+        if item.param in made:
+            new = made.pop(item.param)
+            if new.new:
+                item.state = optimizer.state.setdefault(item.param, {})
+                item.state.update(new.new)
+                item.fresh = new.fresh
+            for key in new.obsolete:
+                del item.state[key]
         item.state = optimizer.state.get(item.param, item.state)
         if item.is_watched and item.grad is not None:
             version = item.param._version

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .packing import PACKINGS, Stored, b_shape, memory_order
+from .packing import PACKINGS, Stored, memory_order
 from .reference import arithmetic_dtype
 from .rules import Group, Rule
 
@@ -45,12 +45,15 @@ class Kept(NamedTuple):
         )
 
 
-# All the ways in which a checkpoint can keep the numbers of a 16-bit parameter and of a state.
-_MASTERS = (
-    Kept("", "remainder", None, "param_remainder"),
-    Kept("", "master_of_bfloat16", None, "master_param"),
-    Kept("", "master_of_float16", None, "master_param"),
-)
+_PLAIN = Kept("", None, None, None)
+_SPLIT = Kept("", "remainder", None, "param_remainder")
+
+#: By the dtype of a parameter, the forms of its master that a state can have.
+_MASTERS: dict[torch.dtype, tuple[Kept, ...]] = {
+    torch.bfloat16: (_SPLIT, Kept("", "master_of_bfloat16", None, "master_param")),
+    torch.float16: (Kept("", "master_of_float16", None, "master_param"),),
+    torch.float32: (Kept("", None, "master_param", None),),  # from when it had 16 bits
+}
 
 
 def kept(rule: Rule, group: Group, param: Tensor, names: tuple[str, ...]) -> list[Kept]:
@@ -65,12 +68,12 @@ def kept(rule: Rule, group: Group, param: Tensor, names: tuple[str, ...]) -> lis
 def _param_kept(group: Group, param: Tensor) -> Kept:
     mode = group["master_weights"]
     if mode is None or param.dtype not in (torch.bfloat16, torch.float16):
-        return Kept("", None, None, None)
+        return _PLAIN
     half = param.dtype == torch.float16
     if mode == "auto":
         mode = "fp32" if half or dispatch.is_wrapper(param) else "split"
     if mode == "fp32":
-        return _MASTERS[2 if half else 1]
+        return _MASTERS[param.dtype][-1]
     if half:
         raise ValueError(
             f"is torch.float16, which master_weights={mode!r} is not for: use 'auto', 'fp32' or "
@@ -81,7 +84,7 @@ def _param_kept(group: Group, param: Tensor) -> Kept:
             f"is a {type(param).__name__}, for which master_weights={mode!r} does not work: use "
             "'auto', 'fp32' or None"
         )
-    return _MASTERS[0] if mode == "split" else Kept("", "stochastic", None, None)
+    return _SPLIT if mode == "split" else Kept("", "stochastic", None, None)
 
 
 def _state_kept(rule: Rule, group: Group, param: Tensor, name: str) -> Kept:
@@ -143,7 +146,7 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
         RuntimeError: as in `dispatch.check_dense`.
     """
     for form in forms:
-        for each in dict.fromkeys((form, *_other_forms(rule, form))):
+        for each in dict.fromkeys((form, *_other_forms(rule, form, param))):
             if _is_there(each, state):
                 for key, (shape, dtypes) in _specs(each, param).items():
                     dispatch.check_state(param, key, state[key], shape, dtypes, where)
@@ -168,69 +171,91 @@ class Made(NamedTuple):
         new: what was missing, or there in another form.
         obsolete: the keys of that other form.
         fresh: some of the rule's states were there in no form.
-        lost: what could not be converted exactly.
+        lost: what could not be converted exactly; known after `convert`.
     """
 
-    new: dict[str, Tensor]
+    new: State
     obsolete: list[str]
     fresh: bool
     lost: list[str]
 
 
-def make(
-    rule: Rule,
-    group: Group,
-    param: Tensor,
-    state: State,
-    forms: list[Kept],
-    tell_losses: bool = False,
-) -> Made:
-    """What a parameter's ``state`` lacks to have its numbers in ``forms``.
-
-    Args:
-        tell_losses: fill in `Made.lost`, for which the host waits for a GPU.
-    """
-    new: dict[str, Tensor] = {}
-    obsolete: list[str] = []
-    fresh = False
-    lost: list[str] = []
-    wanted = {key for form in forms for key in form.keys}
+def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept]) -> Made:
+    """What a parameter's ``state`` lacks to have its numbers in ``forms``."""
+    made = Made({}, [], False, [])
     for form in forms:
-        others = [other for other in _other_forms(rule, form) if _is_there(other, state)]
-        obsolete += [key for other in others for key in other.keys if key not in wanted]
-        in_place = _is_in_place(form, param, state)
-        source = form if form.keys and _is_there(form, state) else next(iter(others), None)
-        if in_place and (form.keys or source is None):
-            continue
-        if source is None:
-            fresh |= bool(form.numbers)
-            new |= _initial(form, param, rule.initial(group))
-            continue
-        if source == form and form.packing == "stochastic":  # of another dtype
-            source = Kept(form.numbers, None, form.a, None)
-        dtype = arithmetic_dtype(param)
-        numbers = source.stored(param, state).unpack(dtype)
-        made = _packed(form, param, numbers)
-        new |= made
-        if tell_losses and not _same(form.stored(param, made).unpack(dtype), numbers):
-            lost.append(form.numbers or "master weights")
-    return Made(new, obsolete, fresh, lost)
+        source = _source(rule, form, param, state, forms, made.obsolete)
+        if source is not None:
+            made.new.update(_packed(form, param, source.stored(param, state)))
+        elif not _is_there(form, state):
+            made.new.update(_initial(form, param, rule.initial(group)))
+            made = made._replace(fresh=made.fresh or bool(form.numbers))
+    return made
 
 
-def masters(rule: Rule, group: Group, param: Tensor, state: State) -> Tensor:
-    """What the arithmetic takes for a parameter: a new tensor, or the parameter itself, detached."""
+def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
+    """The same, but only of what ``state`` has in another form. The host waits for a GPU."""
+    made = Made({}, [], False, [])
+    dtype = arithmetic_dtype(param)
+    for form in forms:
+        source = _source(rule, form, param, state, forms, made.obsolete)
+        if source is not None:
+            numbers = source.stored(param, state)
+            new = _packed(form, param, numbers)
+            made.new.update(new)
+            if not _same(form.stored(param, new).unpack(dtype), numbers.unpack(dtype)):
+                made.lost.append(form.numbers or "master weights")
+    return made
+
+
+def plain(rule: Rule, param: Tensor, state: State, names: tuple[str, ...]) -> State:
+    """A parameter's state with the states called ``names`` as plain numbers, without its master."""
+    forms = [_PLAIN, *(Kept(name, None, name, None) for name in names)]
+    made = convert(rule, param, state, forms)
+    return {k: v for k, v in {**state, **made.new}.items() if k not in made.obsolete}
+
+
+def master(group: Group, param: Tensor, state: State) -> Tensor:
+    """What the arithmetic takes for a parameter."""
     form = _param_kept(group, param)
     if not _is_there(form, state):
-        form = Kept("", None, None, None)
+        form = _PLAIN
     return form.stored(param, state).unpack(arithmetic_dtype(param))
 
 
-def _other_forms(rule: Rule, form: Kept) -> list[Kept]:
+def _source(
+    rule: Rule,
+    form: Kept,
+    param: Tensor,
+    state: State,
+    forms: list[Kept],
+    obsolete: list[str],
+) -> Kept | None:
+    """The form that some numbers have now, where that is not ``form``.
+
+    Adds the keys that are not wanted any more to ``obsolete``.
+    """
+    wanted = {key for each in forms for key in each.keys}
+    others = [other for other in _other_forms(rule, form, param) if _is_there(other, state)]
+    obsolete += [key for other in others for key in other.keys if key not in wanted]
+    other = others[0] if others else None
+    if not form.keys:
+        return other
+    if not _is_there(form, state):
+        return other
+    if _is_in_place(form, param, state):
+        return None
+    if form.packing == "stochastic":  # of another dtype
+        return Kept(form.numbers, None, form.a, None)
+    return form
+
+
+def _other_forms(rule: Rule, form: Kept, param: Tensor) -> list[Kept]:
     """The other forms that the same numbers can have."""
     if form.numbers:
         forms = [Kept(form.numbers, None, form.numbers, None), _coded(rule, form.numbers)]
         return [each for each in forms if each.keys != form.keys]
-    return [each for each in _MASTERS if each.keys != form.keys]
+    return [each for each in _MASTERS.get(param.dtype, ()) if each.keys != form.keys]
 
 
 def _is_there(form: Kept, state: State) -> bool:
@@ -252,50 +277,53 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
     return all(key is None or state[key].permute(dims).is_contiguous() for key in ordered)
 
 
-def _specs(
-    form: Kept, param: Tensor
-) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """For each entry its shape, and the dtypes that it can have."""
     shape = tuple(param.shape)
+    if form.packing is None:
+        return {} if form.a is None else {form.a: (shape, dispatch.DTYPES)}
+    packing = PACKINGS[form.packing]
     found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
-    packing = PACKINGS[form.packing] if form.packing else None
     if form.a is not None:
-        coded = packing is not None and packing.is_coded
-        found[form.a] = shape, (torch.uint8,) if coded else dispatch.DTYPES
-    if form.b is not None:
-        assert packing is not None and packing.b is not None and form.packing is not None
-        found[form.b] = b_shape(form.packing, param), (packing.b,)
+        found[form.a] = shape, (packing.a,) if packing.is_coded else dispatch.DTYPES
+    if form.b is not None and packing.b is not None:
+        found[form.b] = packing.b_shape(shape), (packing.b,)
     return found
 
 
-def _initial(form: Kept, param: Tensor, value: float) -> dict[str, Tensor]:
+def _initial(form: Kept, param: Tensor, value: float) -> State:
     """The entries of numbers that are all ``value``, or of the master of a parameter."""
     if form.b == "master_param":
         return {form.b: param.detach().to(torch.float32, copy=True)}
-    packing = PACKINGS[form.packing] if form.packing else None
-    found = {}
+    if form.packing is None:
+        new = _like(param, arithmetic_dtype(param))
+        return {} if form.a is None else {form.a: new.fill_(value)}
+    packing = PACKINGS[form.packing]
+    found: State = {}
     if form.a is not None:
-        dtype = packing.a if packing else arithmetic_dtype(param)
-        found[form.a] = torch.full_like(param, value, dtype=dtype, requires_grad=False)
+        found[form.a] = _like(param, packing.a).fill_(value)
     if form.b is not None:
-        assert packing is not None and form.packing is not None
-        if packing.is_coded:  # whatever the scale, the codes are 0
-            shape = b_shape(form.packing, param)
-            found[form.b] = torch.zeros(shape, dtype=packing.b, device=param.device)
-        else:
-            found[form.b] = torch.zeros_like(param, dtype=packing.b, requires_grad=False)
+        b = packing.new_b(param)
+        assert b is not None
+        found[form.b] = b.zero_()  # codes of 0 are 0 at any scale
     return found
 
 
-def _packed(form: Kept, param: Tensor, numbers: Tensor) -> dict[str, Tensor]:
-    """The entries of ``numbers``, rounded to nearest."""
+def _packed(form: Kept, param: Tensor, stored: Stored) -> State:
+    """The entries of numbers that are ``stored`` in some form, rounded to nearest."""
+    numbers = stored.unpack(arithmetic_dtype(param))
     if form.packing is None:
-        found = torch.empty_like(param, dtype=arithmetic_dtype(param), requires_grad=False)
-        return {form.a: found.copy_(numbers)} if form.a is not None else {}
-    x = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(numbers)
-    a, b = PACKINGS[form.packing].pack(x, _middle)
-    pairs = ((form.a, a), (form.b, b))
-    return {key: array for key, array in pairs if key is not None and array is not None}
+        return {} if form.a is None else {form.a: _like(param, numbers.dtype).copy_(numbers)}
+    packing = PACKINGS[form.packing]
+    new = Stored(_like(param, packing.a), form.packing, packing.new_b(param))
+    new.pack_(numbers, _middle)
+    pairs = ((form.a, new.a), (form.b, new.b))
+    return {key: array for key, array in pairs if key is not None}
+
+
+def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the parameter's shape, without gaps, in the order of its memory."""
+    return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
 def _middle(like: Tensor) -> Tensor:

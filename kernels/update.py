@@ -26,6 +26,7 @@ from .tables import (
     locate,
 )
 
+
 @triton.jit
 def b_bytes(elements, PACKING: tl.constexpr):
     """The size of the second array of a packing."""
