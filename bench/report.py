@@ -33,6 +33,14 @@ class Cell:
 Line = tuple[Cell, ...]
 
 
+def terminal(width: int = 120) -> Console:
+    """Where the tables go; a file gets lines of a fixed width."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
 def save(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -144,9 +152,14 @@ def notes(report: Report) -> Iterator[str]:
             f"Other work took {report['used_by_others']:.0%} of the machine's CPU time meanwhile: "
             "measure again when it is quiet."
         )
-    for skip in {(skip["contender"], skip["reason"]): None for skip in report["skipped"]}:
+    yield from not_run(report["skipped"], report.get("failed", []))  # older ones have no such part
+
+
+def not_run(skipped: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Who did not run, and why."""
+    for skip in {(skip["contender"], skip["reason"]): None for skip in skipped}:
         yield "{} was not run: {}.".format(*skip)
-    for failure in report.get("failed", []):  # older reports have no such part
+    for failure in failed:
         yield f"{failure['job']} failed: {failure['error']}"
 
 
