@@ -77,7 +77,7 @@ def noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """Normal numbers, a pattern repeated: timing needs ordinary values, not good randomness."""
     count = prod(shape)
     pattern = torch.randn(min(count, 2**16), dtype=dtype, device=device)
-    return pattern.repeat(-(-count // 2**16))[:count].view(shape)
+    return pattern.repeat(-(-count // 2**16))[:count].clone().view(shape)
 
 
 def many_small(tensors: int, elements: int = 64) -> Workload:
