@@ -58,12 +58,6 @@ def bytes_moved(moved: Traffic, clip_passes: int) -> int:
     )
 
 
-def bytes_needed(optimizer: Optimizer, clip_passes: int) -> int:
-    """`bytes_moved` without reading the parameters that have a full master: those are written."""
-    only_written = (p for p, state in optimizer.state.items() if "master_param" in state)
-    return bytes_moved(traffic(optimizer), clip_passes) - sum(p.nbytes for p in only_written)
-
-
 def working_set(moved: Traffic) -> int:
     """Bytes that one step touches."""
     return sum(tensor.nbytes for tensors in moved for tensor in tensors)

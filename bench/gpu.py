@@ -182,6 +182,7 @@ def measure(
         except UnavailableError as reason:
             yield Skip(rule.name, kind.name, str(reason))
         release()
+    traffic = {contender.name: bound.traffic(contender.optimizer) for contender in contenders}
     copies = [] if workload.small else [Copy(device, copied)]
     prepare = renewal(workload, [contender.params for contender in contenders])
     for operation, clock in product(operations, time):
@@ -194,12 +195,9 @@ def measure(
             workload,
             operation,
             [*contenders, *copies],
-            {
-                contender.name: bound.bytes_needed(contender.optimizer, passes[contender.name])
-                for contender in contenders
-            }
+            {name: bound.bytes_moved(traffic[name], passes[name]) for name in traffic}
             | {copy.name: copy.bytes_moved for copy in copies},
-            bound.working_set(bound.traffic(ours.optimizer)),
+            bound.working_set(traffic[ours.name]),
             rounds,
             prepare,
             clock,
