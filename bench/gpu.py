@@ -51,7 +51,7 @@ from .jobs import Failure, Job, run
 from .measure import OPERATIONS, Row, Skip, compare
 from .overhead import OPERATION, Slope, sweep
 from .startup import FirstStep, first_steps
-from .workloads import Workload
+from .workloads import Workload, doubles
 
 RESULTS = Path(__file__).with_name("results")
 MAIN = "AdamW"
@@ -202,14 +202,6 @@ def measure(
             prepare,
             clock,
         )
-
-
-def doubles(params: list[Tensor]) -> list[Tensor]:
-    """Other parameters with the same values and gradients."""
-    made = [param.detach().clone().requires_grad_() for param in params]
-    for double, param in zip(made, params, strict=True):
-        double.grad = param.grad
-    return made
 
 
 def renewal(workload: Workload, lists: Sequence[list[Tensor]]) -> Callable[[], None]:

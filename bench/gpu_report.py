@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -13,7 +12,7 @@ from .bound import Copy
 from .clocks import DEVICE, HOST, WALL
 from .contenders import Fastopt, FlashOptim, TorchForeach, TorchFused
 from .modes import PLAIN_BF16, SPLIT_8BIT
-from .report import Cell, Line, Report, digits, table
+from .report import Cell, Goal, Line, Report, digits, table, written
 from .startup import EMPTY, WARM
 
 Rows = dict[str, dict[str, Any]]  # of one workload, rule, operation and clock, by contender
@@ -43,7 +42,7 @@ def show(found: Report, console: Console) -> None:
         console.print(table(names, report.overhead_lines(found), title=OVERHEAD))
     if found["startup"]:
         console.print(table(["rule", EMPTY, WARM], startup_lines(found), title=STARTUP))
-    console.print(table(["", "goal", "bound", "measured", ""], goal_lines(found), title="Goals"))
+    console.print(report.goal_table(goals(found)))
     for note in report.notes(found):
         console.print(note)
 
@@ -107,36 +106,6 @@ def startup_lines(found: Report) -> Iterator[Line]:
         seconds[step["rule"]][step["cache"]] = step["seconds"]
     for rule, by_cache in seconds.items():
         yield (Cell(rule), *(Cell(written(by_cache.get(cache))) for cache in (EMPTY, WARM)))
-
-
-def goal_lines(found: Report) -> Iterator[Line]:
-    for goal in goals(found):
-        bound = f"{'>=' if goal.at_least else '<='} {goal.bound:g}"
-        verdict = Cell("reached") if goal.reached else Cell("not reached", loses=True)
-        if goal.found is None:
-            verdict = Cell("not measured")
-        yield Cell(goal.case), Cell(goal.what), Cell(bound), Cell(written(goal.found)), verdict
-
-
-def written(value: float | None) -> str:
-    return "-" if value is None else digits(value)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure to reach; ``found`` is None where it was not measured."""
-
-    case: str
-    what: str
-    bound: float
-    at_least: bool
-    found: float | None
-
-    @property
-    def reached(self) -> bool:
-        if self.found is None:
-            return False
-        return self.found >= self.bound if self.at_least else self.found <= self.bound
 
 
 def goals(found: Report) -> Iterator[Goal]:
