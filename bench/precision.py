@@ -60,6 +60,7 @@ SLOW = [
     for kind in (BitsAndBytes8Bit, TorchAO)
     for dtype in (torch.float32, torch.bfloat16)
 ]
+MODES, SCALERS, PEERS = "Precision modes", "Steps under a GradScaler", "8-bit states of others"
 THREE_CALLS = "torch: unscale_, clip_grad_norm_, fused step"
 TORCH_SCALER, OUR_SCALER = "fastopt, torch's GradScaler", "fastopt, fastopt.GradScaler"
 LEGEND = (
@@ -196,13 +197,6 @@ def scaled_step(contender: Contender, scaler: torch.amp.GradScaler) -> None:
         clip_grad_norm_(contender.params, MAX_NORM)
     scaler.step(contender.optimizer)
     scaler.update()
-
-
-MODES, SCALERS, PEERS = (
-    "Precision modes",
-    "Under a GradScaler, with clipping",
-    "8-bit states on CPUs",
-)
 
 
 def jobs(workload: Workload, rounds: int) -> Iterator[Job]:
