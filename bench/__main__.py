@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from . import clocks, machine, report, workloads
 from .arguments import at_least, existing, one_of
@@ -22,14 +21,11 @@ SWEEP = "overhead"  # a workload of its own kind
 RESULTS = Path(__file__).with_name("results")
 ROUNDS = 11
 QUICK_ROUNDS = 5
-FILE_WIDTH = 120  # where the output is no terminal
 SMALL_FACTOR = 4  # rounds of small workloads are cheap, and their times scatter more
 
 
 def main() -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = report.terminal()
     options = parse()
     if options.markdown:
         chosen = report.select(report.load(options.markdown), options.rule, options.workload)

@@ -35,16 +35,19 @@ def traffic(optimizer: Optimizer) -> Traffic:
 
 
 def states(state: dict[str, Any]) -> Iterator[Tensor]:
-    """The states that have an element per parameter; ``step`` is one number.
-
-    One that is quantised consists of several tensors, which are attributes of whatever it is.
-    """
+    """The states that have an element per parameter; ``step`` is one number."""
     for name, value in state.items():
-        if type(value) is Tensor and name != "step":
-            yield value
-        elif name != "step":
-            parts = getattr(value, "__dict__", {}).values()
-            yield from (part for part in parts if isinstance(part, Tensor))
+        if name != "step":
+            yield from tensors_of(value)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """What a state consists of: several tensors where it is quantised by a class of its own."""
+    if type(value) is Tensor:
+        yield value
+    else:
+        parts = getattr(value, "__dict__", {}).values()
+        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def bytes_moved(moved: Traffic, clip_passes: int) -> int:

@@ -1,4 +1,4 @@
-"""Who is measured: fastopt, torch.optim in its two fast forms, and on a GPU other packages."""
+"""Who is measured: fastopt, torch.optim in its two fast forms, and other packages."""
 
 import importlib
 import inspect
@@ -74,31 +74,30 @@ class Contender(ABC):
         self.optimizer.step()
 
 
+def tried(kind: type[Contender], rule: Rule, params: list[Tensor]) -> Contender:
+    """A contender that has made a step, or `UnavailableError`, whatever a package may raise."""
+    try:
+        contender = kind(rule, params)
+        contender.run()
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
+        raise UnavailableError(first_line or type(error).__name__) from error
+    return contender
+
+
 class Fastopt(Contender):
     name = "fastopt"
     clip_passes = 1
+    #: Of a precision mode, see `modes`.
+    settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def build(self, rule: Rule) -> Optimizer:
-        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
+        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **self.settings, **rule.flags)
         return optimizer
 
     def set_clip(self, clip: bool) -> None:
         for group in self.optimizer.param_groups:
             group["max_norm"] = MAX_NORM if clip else None
-
-
-class FastoptLowStates(Fastopt):
-    """With states of the parameters' dtype, as torch's are where that is bf16."""
-
-    name = "fastopt, 16-bit states"
-
-    def build(self, rule: Rule) -> Optimizer:
-        optimizer = super().build(rule)
-        optimizer.step()
-        for param, state in optimizer.state.items():
-            for name in state.keys() - {"step"}:
-                state[name] = state[name].to(param.dtype)
-        return optimizer
 
 
 class ClipsApart(Contender):
@@ -139,6 +138,26 @@ class TorchForeach(Torch):
     implementation = "foreach"
 
 
+class MastersByHand(ClipsApart):
+    """What users write around torch's fused optimizer for parameters of 16 bits."""
+
+    name = "torch fused, masters by hand"
+
+    def build(self, rule: Rule) -> Optimizer:
+        self.masters = [param.detach().float().requires_grad_() for param in self.params]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        return TorchFused(rule, self.masters).optimizer
+
+    @torch.no_grad()
+    def run(self) -> None:
+        torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.params])
+        if self.clip:
+            clip_grad_norm_(self.masters, MAX_NORM)
+        self.optimizer.step()
+        torch._foreach_copy_(self.params, self.masters)
+
+
 class Package(ClipsApart):
     """Another package's optimizer, where that is installed; its own defaults."""
 
@@ -154,8 +173,13 @@ class Package(ClipsApart):
         if rule.title not in self.classes:
             raise UnavailableError(f"it has no {rule.title}")
         name, settings = self.classes[rule.title]
-        optimizer: Optimizer = getattr(module, name)(self.params, lr=LR, **settings, **rule.flags)
+        settings = {"lr": LR, **settings, **self.more_settings(), **rule.flags}
+        optimizer: Optimizer = getattr(module, name)(self.params, **settings)
         return optimizer
+
+    def more_settings(self) -> dict[str, Any]:
+        """What it has to be told about these parameters."""
+        return {}
 
 
 class Optimi(Package):
@@ -169,12 +193,24 @@ class FlashOptim(Package):
     module = "flashoptim"
     classes = MappingProxyType({title: (f"Flash{title}", {}) for title in ("SGD", "Adam", "AdamW")})
 
+    def more_settings(self) -> dict[str, Any]:
+        # Its default, 24 bits, is an error where there is nothing to be saved.
+        return {"master_weight_bits": None} if self.params[0].dtype == torch.float32 else {}
+
 
 class BitsAndBytes(Package):
     name = "bitsandbytes"
     module = "bitsandbytes.optim"
     classes = MappingProxyType(
         {title: (title, {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
+    )
+
+
+class BitsAndBytes8Bit(Package):
+    name = "bitsandbytes 8-bit"
+    module = "bitsandbytes.optim"
+    classes = MappingProxyType(
+        {title: (f"{title}8bit", {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
     )
 
 

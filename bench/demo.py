@@ -9,8 +9,9 @@ import copy
 import math
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -27,7 +28,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 import fastopt
+from bench.arguments import at_least
 from bench.gpt import GPT, GPTConfig
+from bench.memory import state_tensors, stored_bytes
 
 MAX_NORM = 1.0
 TEXT_BYTES = 4_000_000
@@ -55,13 +58,17 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
 
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def iterate(self, batch: Batch) -> None:
         """One training iteration, timed."""
         device = batch[0].device
         start = now(device)
         self.optimizer.zero_grad()
         loss = batch_loss(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.backward(loss)
         before = now(device)
         self.update()
         after = now(device)
@@ -80,10 +87,8 @@ class Run:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of memory under the optimizer's state, each storage counted once."""
-        tensors = (t for s in self.optimizer.state.values() for t in s.values())
-        storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
-        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        """Bytes of memory under the optimizer's state."""
+        return stored_bytes(chain.from_iterable(state_tensors(self.optimizer).values()))
 
 
 def now(device: torch.device) -> float:
@@ -132,16 +137,23 @@ def make_runs(args: argparse.Namespace) -> list[Run]:
 
     def run(name: str, make_optimizer: Callable[..., Optimizer], **extra: Any) -> Run:
         own = copy.deepcopy(model)
-        matrices = [p for p in own.parameters() if p.dim() >= 2]
-        vectors = [p for p in own.parameters() if p.dim() < 2]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = make_optimizer(groups, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, **extra)
-        return Run(name, own, optimizer, warmup_cosine(optimizer, args.iterations))
+        return Run(name, own, *scheduled(own, make_optimizer, args.iterations, **extra))
 
     return [
         run("torch.optim", torch.optim.AdamW, fused=True),
         run("fastopt", fastopt.AdamW, max_norm=MAX_NORM),
     ]
+
+
+def scheduled(
+    model: nn.Module, make_optimizer: Callable[..., Optimizer], iterations: int, **extra: Any
+) -> tuple[Optimizer, LRScheduler]:
+    """An AdamW for the model, which decays matrices only, and its learning rate's schedule."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = make_optimizer(groups, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, **extra)
+    return optimizer, warmup_cosine(optimizer, iterations)
 
 
 def warmup_cosine(optimizer: Optimizer, iterations: int) -> LRScheduler:
@@ -153,8 +165,14 @@ def warmup_cosine(optimizer: Optimizer, iterations: int) -> LRScheduler:
     return SequentialLR(optimizer, [up, down], milestones=[warmup])
 
 
-def train(runs: list[Run], text: Tensor, args: argparse.Namespace, console: Console) -> None:
-    """Let the runs take turns at the same batches, under a progress bar."""
+def train(
+    runs: Sequence[Run],
+    text: Tensor,
+    args: argparse.Namespace,
+    console: Console,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Let the runs take turns at the same batches, under a progress bar, a check after each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -168,6 +186,7 @@ def train(runs: list[Run], text: Tensor, args: argparse.Namespace, console: Cons
         for i, batch in enumerate(batches(text, args, args.iterations)):
             for run in runs if i % 2 == 0 else reversed(runs):
                 run.iterate(batch)
+            check()
             losses = " | ".join(f"{run.losses[-1]:.3f}" for run in runs)
             progress.update(task, advance=1, losses=losses)
             if perf_counter() - start > args.time_limit:
@@ -176,8 +195,8 @@ def train(runs: list[Run], text: Tensor, args: argparse.Namespace, console: Cons
 
 
 @torch.no_grad()
-def evaluate(runs: list[Run], text: Tensor, args: argparse.Namespace) -> None:
-    """Measure the loss on text that neither run has seen."""
+def evaluate(runs: Sequence[Run], text: Tensor, args: argparse.Namespace) -> None:
+    """Measure the loss on text that no run has seen."""
     for run in runs:
         run.held_out = mean(batch_loss(run.model, b).item() for b in batches(text, args, 20))
 
@@ -239,26 +258,26 @@ def plot(runs: list[Run], caption: str, out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-
-    def positive(text: str) -> int:
-        if (value := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-        return value
-
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
-    parser.add_argument("--iterations", type=positive, default=200)
-    parser.add_argument(
-        "--time-limit", type=positive, default=240, help="seconds after which to stop training"
-    )
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences in a batch")
-    parser.add_argument("--context", type=positive, default=64, help="bytes in a sequence")
+def add_training_arguments(parser: argparse.ArgumentParser, iterations: int) -> None:
+    """Add what a command line says about every training run."""
+    count = at_least(1)
+    parser.add_argument("--iterations", type=count, default=iterations)
+    parser.add_argument("--batch-size", type=count, default=8, help="sequences in a batch")
+    parser.add_argument("--context", type=count, default=64, help="bytes in a sequence")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/demo.png"))
+    parser.add_argument("--threads", type=count, help="CPU threads (default: torch's choice)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=device)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__)
+    add_training_arguments(parser, iterations=200)
+    parser.add_argument(
+        "--time-limit", type=at_least(1), default=240, help="seconds after which to stop training"
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results/demo.png"))
     return parser.parse_args()
 
 

@@ -4,6 +4,9 @@ Contenders take turns within one run, on the same parameters and gradients, each
 states. Timed are the device by itself, which starts when everything has been launched; and where
 the host matters, an iteration's step from an idle device until that is idle again, and until the
 call returns.
+
+"fastopt" is what it does by default, which for bf16 parameters is the split master; its other
+precision modes take turns with it.
 """
 
 from __future__ import annotations
@@ -23,29 +26,32 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import bound, clocks, gpu_picture, gpu_report, machine, report, workloads
+from . import bound, clocks, gpu_picture, gpu_report, machine, modes, report, workloads
 from .arguments import existing
 from .bound import Copy
 from .clocks import Clock
 from .contenders import (
     Apex,
     BitsAndBytes,
+    BitsAndBytes8Bit,
     Contender,
     Fastopt,
-    FastoptLowStates,
     FlashOptim,
+    MastersByHand,
     Optimi,
     Rule,
     TorchAO,
     TorchForeach,
     TorchFused,
+    UnavailableError,
     rules,
+    tried,
 )
 from .jobs import Failure, Job, run
 from .measure import OPERATIONS, Row, Skip, compare
 from .overhead import OPERATION, Slope, sweep
 from .startup import FirstStep, first_steps
-from .workloads import Workload
+from .workloads import Workload, doubles
 
 RESULTS = Path(__file__).with_name("results")
 MAIN = "AdamW"
@@ -61,14 +67,17 @@ PEERS: tuple[type[Contender], ...] = (
     *(Optimi, FlashOptim, BitsAndBytes, Apex),
 )
 # Beside them TorchAO, once only: it compiles a kernel for each shape, which takes long.
-KINDS: tuple[type[Contender], ...] = (Fastopt, FastoptLowStates, *PEERS, TorchAO)
+IN_FP32 = (modes.FP32_8BIT, *PEERS, BitsAndBytes8Bit)
+IN_BF16 = (
+    *(modes.FULL, modes.STOCHASTIC, modes.SPLIT_8BIT, modes.STOCHASTIC_8BIT, modes.PLAIN_BF16),
+    *(*PEERS, MastersByHand, BitsAndBytes8Bit),
+)
+KINDS = dict.fromkeys((Fastopt, modes.FP32_8BIT, *IN_BF16, TorchAO))
 NAMES = [*(kind.name for kind in KINDS), Copy.name]
 
 
 def main() -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    console = report.terminal(200)
     options = parse()
     if options.show:
         made, path = report.load(options.show), options.show
@@ -125,11 +134,11 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     # The rule that matters most comes first, in case that time runs out.
     for part, rule in product(options.part, sorted(rules(), key=lambda rule: rule.title != MAIN)):
         if part == "large" and rule.title == MAIN:
-            yield f"{large.name}, fp32", partial(measured, rule, large, [device_clock])
-            peers = (FastoptLowStates, *PEERS)
-            yield f"{low.name}, bf16", partial(measured, rule, low, [device_clock], peers=peers)
+            for found, peers in ((large, IN_FP32), (low, IN_BF16)):
+                measure_large = partial(measured, rule, found, [device_clock], peers=peers)
+                yield f"{found.name}, {found.dtype}", measure_large
         elif part == "medium":
-            peers = (*PEERS, TorchAO) if rule.title == MAIN else PEERS
+            peers = (*IN_FP32, TorchAO) if rule.title == MAIN else PEERS
             both = [device_clock, host_clock]
             yield f"{medium.name}, {rule.name}", partial(measured, rule, medium, both, peers=peers)
         elif part == "small":
@@ -161,21 +170,21 @@ def measure(
     """
     release()
     params = workload.parameters(device)
-    ours = Fastopt(rule, params)
+    has_masters = workload.dtype.itemsize == 2
+    ours = Fastopt(rule, doubles(params) if has_masters else params)
     ours.run()
     contenders: list[Contender] = [ours]
     for kind in peers:
+        # A parameter that others have written would be a new one to fastopt, without its master.
+        apart = has_masters and issubclass(kind, Fastopt)
         try:
-            peer = kind(rule, params)
-            peer.run()
-        except Exception as error:  # whatever another package may raise
-            yield Skip(rule.name, kind.name, reason_of(error))
-        else:
-            contenders.append(peer)
+            contenders.append(tried(kind, rule, doubles(params) if apart else params))
+        except UnavailableError as reason:
+            yield Skip(rule.name, kind.name, str(reason))
         release()
     traffic = {contender.name: bound.traffic(contender.optimizer) for contender in contenders}
     copies = [] if workload.small else [Copy(device, copied)]
-    prepare = renewal(workload, params)
+    prepare = renewal(workload, [contender.params for contender in contenders])
     for operation, clock in product(operations, time):
         passes = {
             contender.name: contender.clip_passes if OPERATIONS[operation] else 0
@@ -195,30 +204,32 @@ def measure(
         )
 
 
-def renewal(workload: Workload, params: list[Tensor]) -> Callable[[], None]:
-    """What gives the parameters gradients that lie elsewhere than those of the last step."""
-    if workload.small:
-        return partial(workload.renew_gradients, params)
-    grads = [param.grad for param in params]
-    others: list[Tensor | None] = [torch.clone(param.detach()) for param in params]
+def renewal(workload: Workload, lists: Sequence[list[Tensor]]) -> Callable[[], None]:
+    """What gives the lists of parameters, some of which may be the same list, gradients that lie
+    elsewhere than those of the last step."""
+    distinct = list({id(params): params for params in lists}.values())
+
+    def renew() -> None:
+        for params in distinct:
+            workload.renew_gradients(params)
+
+    grads = [param.grad for param in distinct[0]]
+    others: list[Tensor | None] = [torch.clone(param.detach()) for param in distinct[0]]
 
     def swap() -> None:
         nonlocal grads, others
         grads, others = others, grads
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
+        for params in distinct:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
 
-    return swap
+    return renew if workload.small else swap
 
 
 def release() -> None:
     """Frees the memory of optimizers that are no more: they are cyclic garbage."""
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def reason_of(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def parse() -> argparse.Namespace:

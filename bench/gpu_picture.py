@@ -30,17 +30,18 @@ OPERATIONS = ("step", "clip + step")
 BLUE, PALE_BLUE, ORANGE, PALE_ORANGE = "#1f5fa8", "#85b6e4", "#e8833a", "#f5c79c"
 SHADES = (BLUE, PALE_BLUE, ORANGE, PALE_ORANGE)
 COLOURS = dict(zip((OURS, LOW_STATES, FUSED, FOREACH), SHADES, strict=True))
-OTHERS = ("#4f9361", "#9ccfa6", "#7d62a8", "#c1b0db", "#8c8c8c")
+MODES = ("#0b3c6f", "#12b5c9", "#177e89", "#8fd3d1", "#3f6fd8")  # more of fastopt's
+OTHERS = (*MODES, "#4f9361", "#9ccfa6", "#7d62a8", "#c1b0db", "#8c8c8c", "#b23a48", "#d9a441")
 GOAL: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
 
 Series = Mapping[str, Sequence[float | None]]  # by name, a value for each group
 
 
 def draw(found: Report, path: Path) -> None:
-    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure = Figure(figsize=(18, 10), layout="constrained")
     figure.suptitle(heading(found))
     panels = figure.subplot_mosaic(
-        [["large", "large", "small"], ["rules", "overhead", "startup"]], width_ratios=(1.6, 1, 1)
+        [["large"] * 4, ["rules", "small", "overhead", "startup"]], width_ratios=(1.6, 1, 1, 1)
     )
     draw_large(panels["large"], found)
     draw_small(panels["small"], found)
@@ -52,7 +53,7 @@ def draw(found: Report, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", ncols=4 if axes is panels["large"] else 1)
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def draw_large(axes: Axes, found: Report) -> None:
         times = row["bytes_per_element"] / copy["bytes_per_element"]
         axes.hlines(times * copy["median_ns"] / 1e6, *ends, "black", linewidth=2, label=label)
         label = ""
+    axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
 
 
 def draw_small(axes: Axes, found: Report) -> None:

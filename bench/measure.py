@@ -30,13 +30,18 @@ NAMES = [Fastopt.name, *(peer.name for peer in PEERS), bound.Bound.name]
 OPERATIONS = {"step": False, "clip + step": True}  # whether it clips
 
 
-class Timed(Protocol):
+class Turn(Protocol):
     """What the stopwatch sees of a contender."""
 
     @property
     def name(self) -> str: ...
-    def set_clip(self, clip: bool) -> None: ...
     def run(self) -> None: ...
+
+
+class Timed(Turn, Protocol):
+    """One that steps with and without clipping."""
+
+    def set_clip(self, clip: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def compare(
 
 
 def interleave(
-    contenders: Sequence[Timed], rounds: int, prepare: Callable[[], None], clock: Clock
+    contenders: Sequence[Turn], rounds: int, prepare: Callable[[], None], clock: Clock
 ) -> dict[str, dict[str, list[int]]]:
     """Nanoseconds of every round, by what they are and by contender.
 

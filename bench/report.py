@@ -2,9 +2,11 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import floor, log10
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ LEGEND = (
     "same reads and writes; GB/s: fastopt's, of the bytes that the operation needs."
 )
 QUIET = 0.03  # the part of the CPU time that other processes may take
+GOAL_COLUMNS = ("case", "goal", "bound", "measured", "")
 OVERHEAD = "Microseconds per tensor per step, with fresh gradients"
 
 
@@ -31,6 +34,14 @@ class Cell:
 
 
 Line = tuple[Cell, ...]
+
+
+def terminal(width: int = 120) -> Console:
+    """Where the tables go; a file gets lines of a fixed width."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
 
 
 def save(report: Report, path: Path) -> None:
@@ -67,16 +78,17 @@ def show(report: Report, console: Console) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterator[Line], title: str | None = None) -> Table:
-    """A rich table with a rule between groups of lines that begin alike."""
+    """A rich table, with space between groups where some lines begin alike."""
     made = Table(title=title, box=box.SIMPLE_HEAD)
     for column in columns:
         made.add_column(column)
-    previous = None
-    for line in rows:
-        if previous is not None and line[0] != previous:
+    groups = [list(group) for _, group in groupby(rows, key=itemgetter(0))]
+    alone = all(len(group) == 1 for group in groups)
+    for group in groups:
+        for line in group:
+            made.add_row(*(Text(cell.text, style="red" if cell.loses else "") for cell in line))
+        if not alone:
             made.add_section()
-        previous = line[0]
-        made.add_row(*(Text(cell.text, style="red" if cell.loses else "") for cell in line))
     return made
 
 
@@ -144,9 +156,14 @@ def notes(report: Report) -> Iterator[str]:
             f"Other work took {report['used_by_others']:.0%} of the machine's CPU time meanwhile: "
             "measure again when it is quiet."
         )
-    for skip in {(skip["contender"], skip["reason"]): None for skip in report["skipped"]}:
+    yield from not_run(report["skipped"], report.get("failed", []))  # older ones have no such part
+
+
+def not_run(skipped: Sequence[dict[str, Any]], failed: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Who did not run, and why."""
+    for skip in {(skip["contender"], skip["reason"]): None for skip in skipped}:
         yield "{} was not run: {}.".format(*skip)
-    for failure in report.get("failed", []):  # older reports have no such part
+    for failure in failed:
         yield f"{failure['job']} failed: {failure['error']}"
 
 
@@ -160,3 +177,37 @@ def digits(value: float, count: int = 3) -> str:
     """The number with so many significant digits, and never in scientific notation."""
     magnitude = floor(log10(abs(value))) if value else 0
     return f"{value:.{max(0, count - 1 - magnitude)}f}"
+
+
+def written(value: float | None) -> str:
+    return "-" if value is None else digits(value)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach; ``found`` is None where it was not measured."""
+
+    case: str
+    what: str
+    bound: float
+    at_least: bool
+    found: float | None
+
+    @property
+    def reached(self) -> bool:
+        if self.found is None:
+            return False
+        return self.found >= self.bound if self.at_least else self.found <= self.bound
+
+
+def goal_table(goals: Iterable[Goal]) -> Table:
+    return table(GOAL_COLUMNS, goal_lines(goals), title="Goals")
+
+
+def goal_lines(goals: Iterable[Goal]) -> Iterator[Line]:
+    for goal in goals:
+        bound = f"{'>=' if goal.at_least else '<='} {goal.bound:g}"
+        verdict = Cell("reached") if goal.reached else Cell("not reached", loses=True)
+        if goal.found is None:
+            verdict = Cell("not measured")
+        yield Cell(goal.case), Cell(goal.what), Cell(bound), Cell(written(goal.found)), verdict

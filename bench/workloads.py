@@ -73,11 +73,19 @@ class Workload:
             del kept
 
 
+def doubles(params: list[Tensor]) -> list[Tensor]:
+    """Other parameters with the same values and gradients."""
+    made = [param.detach().clone().requires_grad_() for param in params]
+    for double, param in zip(made, params, strict=True):
+        double.grad = param.grad
+    return made
+
+
 def noise(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal numbers, a pattern repeated: timing needs ordinary values, not good randomness."""
     count = prod(shape)
     pattern = torch.randn(min(count, 2**16), dtype=dtype, device=device)
-    return pattern.repeat(-(-count // 2**16))[:count].view(shape)
+    return pattern.repeat(-(-count // 2**16))[:count].clone().view(shape)
 
 
 def many_small(tensors: int, elements: int = 64) -> Workload:
