@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastopt import packing
+from fastopt.packing import Stored
 from fastopt.rules import RULES
 
 from . import assembly, contenders, offline
@@ -29,7 +31,8 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-#: Of parameter, gradient and states: the common ones, and a few that mix.
+#: Of parameter, gradient and states: the common ones, and a few that mix. A + is followed by what
+#: is kept beside a parameter, or by ~ where it is rounded stochastically.
 STORAGE = (
     ("fp32", "fp32", "fp32"),
     ("bf16", "bf16", "fp32"),
@@ -37,7 +40,24 @@ STORAGE = (
     ("fp64", "fp64", "fp64"),
     ("fp32", "bf16", "fp32"),
     ("bf16", "bf16", "bf16"),
+    ("fp32", "fp32", "8bit"),
+    ("bf16+16", "bf16", "fp32"),
+    ("bf16+16", "bf16", "bf16~"),
+    ("bf16+16", "bf16", "8bit"),
+    ("bf16+32", "bf16", "fp32"),
+    ("fp16+32", "fp16", "fp32"),
+    ("bf16~", "bf16", "fp32"),
+    ("bf16~", "bf16", "8bit"),
 )
+
+PACKINGS = {
+    "bf16+16": "remainder",
+    "bf16+32": "master_of_bfloat16",
+    "fp16+32": "master_of_float16",
+    "bf16~": "stochastic",
+    "8bit": "codes",
+    "8bit+": "unsigned_codes",
+}
 
 
 PARTIALS = torch.zeros(1, dtype=torch.float64)
@@ -56,15 +76,49 @@ class Case:
 class Update(Case):
     rule: str
     states: tuple[str, ...]
-    dtypes: tuple[str, ...]  # of parameter, gradient and each state
+    storage: tuple[str, ...]  # of parameter, gradient and states
 
     def __str__(self) -> str:
-        return f"update {self.rule}({', '.join(self.states)}) {' '.join(self.dtypes[:3])}"
+        return f"update {self.rule}({', '.join(self.states)}) {' '.join(self.storage)}"
+
+    @property
+    def written(self) -> list[str]:
+        """The storage of the parameter and of each state."""
+        param, _, *state = self.storage
+        non_negative = RULES[self.rule].non_negative if self.rule in RULES else ()
+        return [
+            param,
+            *(
+                f"{kind}+" if kind == "8bit" and name in non_negative else kind
+                for name, kind in product(self.states, state)
+            ),
+        ]
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of all that is read; all but the second is written."""
+        param, *states = map(stored, self.written)
+        first = [param.a.dtype, DTYPES[self.storage[1]], *(state.a.dtype for state in states)]
+        return first + [each.b.dtype for each in (param, *states) if has_second(each)]
 
     def launch(self) -> None:
-        param, grad, *states = (torch.zeros(1, dtype=DTYPES[name]) for name in self.dtypes)
         gap = RULES[self.rule].gap(self.states) if self.states else None
-        one_tensor(self.rule, param, grad, states, gap).update()
+        grad = torch.zeros(1, dtype=DTYPES[self.storage[1]])
+        one_tensor(self.rule, list(map(stored, self.written)), grad, gap).update()
+
+
+def stored(kind: str) -> Stored:
+    """One element, kept in some way."""
+    if kind not in PACKINGS:
+        return Stored(torch.zeros(1, dtype=DTYPES[kind]))
+    name = PACKINGS[kind]
+    a = torch.zeros(1, dtype=packing.PACKINGS[name].a)
+    return Stored(a, name, packing.PACKINGS[name].new_b(a))
+
+
+def has_second(each: Stored) -> bool:
+    """Whether it is kept in a second array of an element for each of the first."""
+    return each.b is not None and each.a.dtype != torch.uint8
 
 
 @dataclass(frozen=True)
@@ -77,7 +131,7 @@ class ReduceChunks(Case):
 
     def launch(self) -> None:
         grad = torch.zeros(1, dtype=DTYPES[self.dtype])
-        one_tensor("assign", grad, grad).norm_partials(self.order)
+        one_tensor("assign", [Stored(grad)], grad).norm_partials(self.order)
 
 
 @dataclass(frozen=True)
@@ -102,7 +156,7 @@ class Clip(Case):
         return f"clip {self.rule}, norm {self.norm}"
 
     def launch(self) -> None:
-        one_tensor(self.rule, NOTHING, NOTHING).update(PARTIALS, DTYPES[self.norm])
+        one_tensor(self.rule, [Stored(NOTHING)], NOTHING).update(PARTIALS, DTYPES[self.norm])
 
 
 @dataclass(frozen=True)
@@ -114,7 +168,7 @@ class ComputeScalars(Case):
         return f"compute_scalars {self.rule}({', '.join(self.options)})"
 
     def launch(self) -> None:
-        tensors = one_tensor(self.rule, NOTHING, NOTHING, on_device=True)
+        tensors = one_tensor(self.rule, [Stored(NOTHING)], NOTHING, on_device=True)
         tensors.update(
             partials=PARTIALS if "norm" in self.options else None,
             **{name: torch.ones(1) for name in self.options if name != "norm"},
@@ -123,9 +177,8 @@ class ComputeScalars(Case):
 
 def one_tensor(
     rule: str,
-    param: torch.Tensor,
+    stored: list[Stored],
     grad: torch.Tensor,
-    states: Iterable[torch.Tensor] = (),
     gap: int | None = None,
     on_device: bool = False,
 ) -> Any:
@@ -135,7 +188,7 @@ def one_tensor(
 
     n_scalars = len(RULES[rule].scalar_names) if rule in RULES else 0
     step = torch.zeros(()) if on_device else None
-    target = Target(param, grad, list(states), gap, step=step)
+    target = Target(stored, grad, gap, step=step)
     tensors = MultiTensor(rule, n_scalars, [target], captured=[], on_device=on_device)
     words = tables.OWN.value + n_scalars
     if on_device:
@@ -159,8 +212,9 @@ def cases() -> list[Case]:
     orders = (1, 2, float("inf"))
     found: list[Case] = [
         *(
-            Update(rule, states, (param, grad, *[state] * len(states)))
-            for (rule, states), (param, grad, state) in product(variants(), STORAGE)
+            Update(rule, states, storage if states else storage[:2])
+            for (rule, states), storage in product(variants(), STORAGE)
+            if storage[2] != "8bit" or (states and RULES[rule].takes_8bit)
         ),
         *(Update("assign", (), (dtype, dtype)) for dtype in DTYPES),
         *(ReduceChunks(dtype, order) for dtype, order in product(DTYPES, orders)),

@@ -72,10 +72,10 @@ def update_blocks(
             new = RULE(x[0], g, *scalars, *x[2:])
         else:
             new = RULE(x[0], g, *scalars, *x[2 : 2 + GAP], None, *x[2 + GAP :])
-        for j in tl.static_range(len(DTYPES) - 1):
-            i: tl.constexpr = j + (j > 0)  # all but the gradient
+        for i in tl.static_range(len(DTYPES)):
             a, b = addresses[i], beside[i]
-            pack(a, b, begin, end, new[j], key, PACKINGS[i], DTYPES[i], FULL)
+            if i != 1:  # all but the gradient
+                pack(a, b, begin, end, new[i - (i > 1)], key, PACKINGS[i], DTYPES[i], FULL)
 
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
@@ -120,16 +120,14 @@ def update(
     count = as_double(tl.load(scalars + COUNT))
     key = random_key(seed, count, tl.load(tensors + NUMBER * n + tensor), begin // CHUNK)
     left = tl.where(clip_value < 0, 0, left)
+    # fmt: off
     if (left >= CHUNK) & (bits % 16 == 0):
-        update_blocks(
-            *(addresses, beside, left, coef, clip_value, own, key),
-            *(RULE, GAP, DTYPES, PACKINGS, COMPUTE, True),
-        )
+        update_blocks(addresses, beside, left, coef, clip_value, own, key,
+                      RULE, GAP, DTYPES, PACKINGS, COMPUTE, True)
     else:
-        update_blocks(
-            *(addresses, beside, left, coef, clip_value, own, key),
-            *(RULE, GAP, DTYPES, PACKINGS, COMPUTE, False),
-        )
+        update_blocks(addresses, beside, left, coef, clip_value, own, key,
+                      RULE, GAP, DTYPES, PACKINGS, COMPUTE, False)
+    # fmt: on
 
 
 @triton.jit
