@@ -8,6 +8,7 @@ from .amp import GradScaler
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm
 from .dispatch import Backend, backends
 from .optimizers import OPTIMIZERS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from .prepare import prepare
 
 __version__ = _version("fastopt")
 
@@ -25,4 +26,5 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "get_total_norm",
+    "prepare",
 ]
