@@ -171,7 +171,8 @@ class ComputeScalars(Case):
         tensors = one_tensor(self.rule, [Stored(NOTHING)], NOTHING, on_device=True)
         tensors.update(
             partials=PARTIALS if "norm" in self.options else None,
-            **{name: torch.ones(1) for name in self.options if name != "norm"},
+            **{name: torch.ones(1) for name in ("grad_scale", "found_inf") if name in self.options},
+            finds_inf="finds_inf" in self.options,
         )
 
 
@@ -226,6 +227,7 @@ def cases() -> list[Case]:
                 RULES, ((), ("norm",)), ((), ("grad_scale", "found_inf"))
             )
         ),
+        *(ComputeScalars(rule, ("norm", "grad_scale", "found_inf", "finds_inf")) for rule in RULES),
     ]
     return list(dict.fromkeys(found))
 

@@ -74,6 +74,7 @@ class Optimizer(torch.optim.Optimizer):
 
     grad_norm: Tensor | None = None
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to `step`
+    _findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
     _plan: Plan | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:

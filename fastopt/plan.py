@@ -209,7 +209,8 @@ class Plan:
         ]
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
-        _make_states(optimizer, items, self.on_device)
+        #: Until the first step is made: what the state had for the parameters that lacked some.
+        self.before = _make_states(optimizer, items, self.on_device)
         self.others = [
             item for item in items if item.backend == "reference" and item.grad is not None
         ]
@@ -288,39 +289,64 @@ class Plan:
                 optimizer._captured.append((self, rows))
 
         clips = any(group["max_norm"] is not None for group in optimizer.param_groups)
-        partials: list[Any] = self._partials() if clips else [None] * len(self.parts)
+        findings = rows.scaling.findings
+        measures = clips or findings is not None
+        partials: list[Any] = self._partials() if measures else [None] * len(self.parts)
+        total = None  # the norm before it is unscaled, where the host has to know it
+        if measures and (self.on_host or (findings is not None and not self.on_device)):
+            total = self._norm(partials)
+        skips = self.on_host and rows.scaling.skips
+        if findings is not None and total is not None:
+            skips = not math.isfinite(total)
+            findings[torch.device("cpu")] = torch.full((), float(skips), device="cpu")
+        norm = total * rows.inv_scale if clips and total is not None else None
         optimizer.grad_norm = None
+        if skips:
+            if norm is not None:
+                optimizer.grad_norm = torch.full((), norm, **self.norm_options)
+            self._skip(optimizer)
+            return
+        self.before = []
+        if not clips and not self.on_device:
+            partials = [None] * len(self.parts)
         for part, of_norm in zip(self.parts, partials, strict=True):
             scaling = rows.scaling.to(part.device) if self.on_device else ()
             if not self.on_device and of_norm is not None and rows.inv_scale != 1:
                 of_norm = of_norm * rows.inv_scale**2
-            norm = part.tensors.update(of_norm, self.norm_options["dtype"], *scaling)
-            if optimizer.grad_norm is None or part.device == self.norm_options["device"]:
-                optimizer.grad_norm = norm
+            of_part = part.tensors.update(of_norm, self.norm_options["dtype"], *scaling)
+            if clips and (
+                optimizer.grad_norm is None or part.device == self.norm_options["device"]
+            ):
+                optimizer.grad_norm = of_part
         if self.native is not None:
             # Autograd does not see writes through an address.
             torch.autograd.graph.increment_version(self.native.written_params())
         if self.on_host:
-            self._run_on_host(optimizer, rows, cohorts, partials if clips else None)
+            self._run_on_host(optimizer, rows, cohorts, norm)
         else:
             self.native.update([], 1)  # only counts
+
+    def _skip(self, optimizer: Optimizer) -> None:
+        """Leaves all as it was before this step."""
+        if self.native is not None:
+            self.native.release()
+        for param, state in self.before:
+            if state is None:
+                optimizer.state.pop(param, None)  # it may stand twice in its group
+            else:
+                optimizer.state[param].clear()
+                optimizer.state[param].update(state)
+        self.before = []
 
     def _run_on_host(
         self,
         optimizer: Optimizer,
         rows: Rows,
         cohorts: list[tuple[int, float]],
-        partials: list[Any] | None,
+        norm: float | None,
     ) -> None:
-        norm = None
-        if partials is not None:
-            norm = self._norm(partials) * rows.inv_scale
-            if optimizer.grad_norm is None:
-                optimizer.grad_norm = torch.full((), norm, **self.norm_options)
-        if rows.scaling.skips:
-            if self.native is not None:
-                self.native.release()
-            return
+        if norm is not None and optimizer.grad_norm is None:
+            optimizer.grad_norm = torch.full((), norm, **self.norm_options)
         if self.native is not None:
             native_rows = [
                 (*rows.driver(group, norm, step), *rows.scalars(group, step))
@@ -360,7 +386,7 @@ class Plan:
         return [torch.stack([moved(total, part.device) for total in totals]) for part in self.parts]
 
     def _norm(self, partials: list[Any]) -> float:
-        """The norm for what is updated on the host, which has to wait for the other parts."""
+        """The norm for the host, which has to wait for all parts."""
         if not self.parts:
             return math.sqrt(self._sum_of_squares_on_host())
         return math.sqrt(float(self.parts[0].kernels.total(partials[0])))
@@ -448,8 +474,14 @@ def _item(optimizer: Optimizer, place: _Place, number: int, settings: list[Any])
     return Item(place.group_index, number, param, grad, backend, state, forms)
 
 
-def _make_states(optimizer: Optimizer, items: list[Item], on_device: bool) -> None:
-    """Gives every item the states that it lacks, and drops remainders that are out of date."""
+def _make_states(
+    optimizer: Optimizer, items: list[Item], on_device: bool
+) -> list[tuple[Tensor, dict[str, Any] | None]]:
+    """Gives every item the states that it lacks, and drops remainders that are out of date.
+
+    Returns what there was before: for each parameter that lacked some a copy of its entry in the
+    optimizer's state, None where it had none.
+    """
     rule, groups = optimizer.rule, optimizer.param_groups
     # All memory first, so that nothing has changed where there is not enough of it.
     made = {}
@@ -464,21 +496,28 @@ def _make_states(optimizer: Optimizer, items: list[Item], on_device: bool) -> No
                 "each replay: make one step before the capture"
             )
         made[item.param] = new
+    state = optimizer.state
+    before = [
+        (param, dict(state[param]) if param in state else None)
+        for param, new in made.items()
+        if new.new or new.obsolete
+    ]
     for item in items:
         if item.param in made:
             new = made.pop(item.param)
             if new.new:
-                item.state = optimizer.state.setdefault(item.param, {})
+                item.state = state.setdefault(item.param, {})
                 item.state.update(new.new)
                 item.fresh = new.fresh
             for key in new.obsolete:
                 del item.state[key]
-        item.state = optimizer.state.get(item.param, item.state)
+        item.state = state.get(item.param, item.state)
         if item.is_watched and item.grad is not None:
             version = item.param._version
             if optimizer._versions.get(item.param, version) != version:
                 item.state["param_remainder"].zero_()
             optimizer._versions[item.param] = version
+    return before
 
 
 def new_states(

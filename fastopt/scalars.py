@@ -27,19 +27,26 @@ def clip_coef(norm: float, max_norm: float) -> float:
 
 
 class Scaling(NamedTuple):
-    """What `torch.amp.GradScaler` leaves on an optimizer for the time of a step.
+    """What a `GradScaler` leaves on an optimizer for the time of a step.
 
     Args:
         grad_scale: divides the gradients; None: nothing is to be done.
         found_inf: if not 0, a gradient was not finite, and the step must change nothing.
+        findings: where the step, which finds that out itself by its norm, puts such a ``found_inf``
+            by device; None: it need not.
     """
 
     grad_scale: Tensor | None
     found_inf: Tensor | float | None
+    findings: dict[torch.device, Tensor] | None
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Scaling:
-        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        return cls(
+            getattr(optimizer, "grad_scale", None),
+            getattr(optimizer, "found_inf", None),
+            optimizer._findings,
+        )
 
     @property
     def on_device(self) -> bool:
@@ -54,10 +61,13 @@ class Scaling(NamedTuple):
     def skips(self) -> bool:
         return self.found_inf is not None and float(self.found_inf) != 0
 
-    def to(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Both in the memory of a device."""
-        scale, found_inf = (moved(x, device) if isinstance(x, Tensor) else None for x in self)
-        return scale, found_inf
+    def to(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, bool]:
+        """Both in the memory of a device, and whether ``found_inf`` is for the device to set."""
+        scale, found_inf = (moved(x, device) if isinstance(x, Tensor) else None for x in self[:2])
+        if self.findings is not None:
+            found_inf = torch.empty((), dtype=torch.float32, device=device)
+            self.findings[device] = found_inf
+        return scale, found_inf, self.findings is not None
 
 
 class Rows:

@@ -199,6 +199,7 @@ class MultiTensor:
         norm_dtype: torch.dtype = torch.float32,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        finds_inf: bool = False,
     ) -> Tensor | None:
         """Updates the targets that have a gradient.
 
@@ -207,6 +208,7 @@ class MultiTensor:
             norm_dtype: that of the result.
             grad_scale: if `on_device`: fp32, one element: divides the gradients first.
             found_inf: if `on_device`: likewise; nothing is updated where it is not 0.
+            finds_inf: set `found_inf`, which is not read, to whether the norm is not finite.
 
         Returns:
             the norm, 0-dim; None without `partials`.
@@ -219,7 +221,7 @@ class MultiTensor:
                 self._clip(partials, norm)
             for wave in range(self.n_waves):
                 if self.on_device:
-                    self._compute_scalars(wave, partials, norm, grad_scale, found_inf)
+                    self._compute_scalars(wave, partials, norm, grad_scale, found_inf, finds_inf)
                 staged = [staged for i, staged in self.staged.items() if self.waves[i] == wave]
                 for target in staged:
                     target.load()
@@ -249,6 +251,7 @@ class MultiTensor:
         norm: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        finds_inf: bool,
     ) -> None:
         n = len(self.kinds)
         compute_scalars[(triton.cdiv(n, THREADS.value),)](
@@ -265,6 +268,7 @@ class MultiTensor:
             wave,
             RULE_SCALARS=getattr(rules, f"{self.rule}_scalars"),
             N_SETTINGS=self.row_size // 2,  # as values and as addresses
+            FINDS_INF=finds_inf,
             **_options(),
         )
 

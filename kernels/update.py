@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .norm import clip_coef, reduce_rows
+from .norm import INF, clip_coef, reduce_rows
 from .packed import CODE_BLOCK, pack, random_key, unpack
 from .tables import (
     BLOCK,
@@ -164,6 +164,7 @@ def compute_scalars(
     wave,
     RULE_SCALARS: tl.constexpr,
     N_SETTINGS: tl.constexpr,
+    FINDS_INF: tl.constexpr,  # found_inf is a result: whether the norm, not None, is not finite
 ):
     """Counts the tensors' steps and computes the scalars of each, all from the device's memory.
 
@@ -181,7 +182,10 @@ def compute_scalars(
         values = values + (setting(settings, k, group, known, N_SETTINGS),)
     coef = values[SIGN] * inv_scale
     if partials is not None:
-        total_norm = tl.sqrt(reduce_rows(partials, n_partials, 2)) * inv_scale
+        squares = reduce_rows(partials, n_partials, 2)
+        if FINDS_INF:
+            tl.store(found_inf, tl.where(squares < INF, 0.0, 1.0))
+        total_norm = tl.sqrt(squares) * inv_scale
         tl.store(norm, total_norm)
         coef = coef * clip_coef(total_norm, values[MAX_NORM])
     clip_value = values[CLIP_VALUE]
@@ -190,7 +194,7 @@ def compute_scalars(
     at = address.to(tl.pointer_type(tl.float32))
     step = tl.load(at, counts, 0.0).to(tl.float64) + 1
     if found_inf is not None:
-        overflow = tl.load(found_inf) != 0
+        overflow = not (squares < INF) if FINDS_INF else tl.load(found_inf) != 0
         clip_value = tl.where(overflow, -1.0, clip_value)
         counts = tl.where(overflow, False, counts)
     tl.store(at, step.to(tl.float32), counts)

@@ -464,8 +464,11 @@ def test_clipping_does_not_wait():
         clip()
 
 
-# torch.amp.GradScaler
+# GradScaler
 
+each_scaler = pytest.mark.parametrize(
+    "scaler_class", [torch.amp.GradScaler, fastopt.GradScaler], ids=["torch", "fastopt"]
+)
 FACTORS = [math.inf, math.nan, 1.0, 2.0, math.inf, 0.5, 1.0]  # powers of 2: they round nothing
 
 
@@ -483,14 +486,15 @@ def scaled_step(optimizer, scaler, weights, factor, unscale=False):
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("flags", [{}, {"max_norm": 0.5}], ids=str)
+@each_scaler
 @each_case
-def test_grad_scaler(cls, variant, flags, unscale):
+def test_grad_scaler(cls, variant, scaler_class, flags, unscale):
     """Steps that overflow, the first ones too, those between them, and the scale."""
 
     def run(device, backend):
         params = make_params(device)
         optimizer = cls(params, lr=0.01, backend=backend, **variant, **flags)
-        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16, growth_interval=2)
+        scaler = scaler_class(device.type, init_scale=2.0**16, growth_interval=2)
         for seed, factor in enumerate(FACTORS):
             scaled_step(optimizer, scaler, make_grads(params, seed), factor, unscale)
         assert scaler.get_scale() == 2.0**15  # halved 3 times and doubled twice
@@ -499,11 +503,12 @@ def test_grad_scaler(cls, variant, flags, unscale):
     assert_same_bits_on_both(run)
 
 
+@each_scaler
 @each_case
-def test_an_overflow_changes_nothing(cls, variant):
+def test_an_overflow_changes_nothing(cls, variant, scaler_class):
     params = make_params(GPU)
     optimizer = cls(params, lr=0.01, max_norm=0.5, **variant)
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = scaler_class("cuda")
     scaled_step(optimizer, scaler, make_grads(params, 0), math.inf)
     assert_bits(params, make_params(CPU))
     initial = cls.rule.initial(optimizer.param_groups[0])
@@ -520,17 +525,47 @@ def test_an_overflow_changes_nothing(cls, variant):
 
 
 @pytest.mark.parametrize("flags", [{}, {"max_norm": 0.5}], ids=str)
+@each_scaler
 @each_class
-def test_grad_scaler_does_not_wait(cls, flags):
+def test_grad_scaler_does_not_wait(cls, scaler_class, flags):
     params = make_params(GPU)
     weights = [make_grads(params, seed) for seed in range(5)]
     optimizer = cls(params, lr=0.01, **flags)
-    scaler = torch.amp.GradScaler("cuda")
+    scaler = scaler_class("cuda")
     for weight in weights[:3]:
         scaled_step(optimizer, scaler, weight, 1.0)
     with no_waiting():
         scaled_step(optimizer, scaler, weights[3], 1.0)
         scaled_step(optimizer, scaler, weights[4], math.inf)
+
+
+@pytest.mark.parametrize("of_scale", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"max_norm": 0.5}], ids=str)
+@each_class
+def test_an_overflow_on_one_device_skips_all(cls, flags, of_scale):
+    """Parameters on a GPU beside some on the CPU."""
+
+    def run(scaler_class, device, other):
+        params = make_params(other) + make_params(device)
+        optimizer = cls(params, lr=0.01, **flags)
+        scaler = scaler_class(of_scale.type, init_scale=2.0**16, growth_interval=2)
+        scaler.scale(torch.zeros((), device=of_scale))
+        for seed, factor in enumerate(FACTORS):
+            for param, grad in zip(params, make_grads(params, seed), strict=True):
+                param.grad = grad * scaler.get_scale()
+                if param.device == device:
+                    param.grad *= factor
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**15
+        return results(optimizer)
+
+    for devices in ((CPU, GPU), (GPU, CPU)):
+        found, wanted = (
+            run(scaler_class, *devices)
+            for scaler_class in (fastopt.GradScaler, torch.amp.GradScaler)
+        )
+        assert_bits(found, wanted)
 
 
 # CUDA graphs

@@ -32,17 +32,25 @@ def adam(params, **settings):
     return fastopt.Adam(groups, backend="triton", **settings)
 
 
-def one_step(tensors, settings):
+def take_step(optimizer, scaled):
+    if not scaled:
+        return optimizer.step()
+    scaler = fastopt.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    return scaler.step(optimizer)
+
+
+def one_step(tensors, settings, scaled):
     """The names of the kernels that it launches."""
     driver = start()
     params = [torch.zeros(5) for _ in range(tensors)]
     for param in params:
         param.grad = torch.ones(5)
-    adam(params, **settings).step()
+    take_step(adam(params, **settings), scaled)
     return [kernel.name for kernel in driver.launched]
 
 
-def forty_steps(settings):
+def forty_steps(settings, scaled):
     """The names of the kernels that each of them compiles.
 
     Numbers of tensors, groups, chunks and launches are 1, 2, multiples of 16, and others.
@@ -64,7 +72,7 @@ def forty_steps(settings):
                 param.grad = torch.ones(param.numel() + 1)[step % 2 :][: param.numel()]
             if step % 3 == 2 and len(params) > 1:
                 params[step % len(params)].grad = None
-            optimizer.step()
+            take_step(optimizer, scaled)
         compiled.append([kernel.name for kernel in driver.compiled])
         driver.compiled.clear()
     return compiled
@@ -77,26 +85,36 @@ def worker():
 
 
 CASES = pytest.mark.parametrize(
-    ("settings", "kernels"),
+    ("settings", "scaled", "kernels"),
     [
-        ({}, ["update"]),
-        ({"max_norm": 1.0}, ["reduce_chunks", "clip", "update"]),
-        ({"capturable": True}, ["compute_scalars", "update"]),
-        ({"max_norm": 1.0, "capturable": True}, ["reduce_chunks", "compute_scalars", "update"]),
+        ({}, False, ["update"]),
+        ({"max_norm": 1.0}, False, ["reduce_chunks", "clip", "update"]),
+        ({"capturable": True}, False, ["compute_scalars", "update"]),
+        (
+            {"max_norm": 1.0, "capturable": True},
+            False,
+            ["reduce_chunks", "compute_scalars", "update"],
+        ),
+        ({"capturable": True}, True, ["reduce_chunks", "compute_scalars", "update"]),
+        (
+            {"max_norm": 1.0, "capturable": True},
+            True,
+            ["reduce_chunks", "compute_scalars", "update"],
+        ),
     ],
 )
 
 
 @CASES
 @pytest.mark.parametrize("tensors", [1, 1000])
-def test_number_of_launches(worker, tensors, settings, kernels):
-    assert worker.submit(one_step, tensors, settings).result() == kernels
+def test_number_of_launches(worker, tensors, settings, scaled, kernels):
+    assert worker.submit(one_step, tensors, settings, scaled).result() == kernels
 
 
 @CASES
-def test_nothing_is_compiled_after_the_first_step(worker, settings, kernels):
+def test_nothing_is_compiled_after_the_first_step(worker, settings, scaled, kernels):
     """Triton would compile anew for numbers that are 1 or multiples of 16, and for addresses that
     are, unless told not to."""
-    compiled = worker.submit(forty_steps, settings).result()
+    compiled = worker.submit(forty_steps, settings, scaled).result()
     assert sorted(compiled[0]) == sorted(kernels)
     assert compiled[1:] == [[]] * 39

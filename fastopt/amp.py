@@ -1,0 +1,68 @@
+"""Loss scaling whose search for overflows is part of the optimizers' steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizers import Optimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """`torch.amp.GradScaler`, without its pass over the gradients of fastopt's optimizers.
+
+    torch's reads and writes all of them to find out whether any is infinite or NaN. This one leaves
+    that to the step, whose norm (taken with or without ``max_norm``) is finite exactly where all
+    gradients are, and gradients stay as they are. Scales, skipped steps and state dicts are
+    torch's; so is all that happens to optimizers of other makes, after `unscale_`, and to gradients
+    in fp64, whose squares may overflow. Nothing waits for a GPU, if the loss is there too.
+
+    Args, methods: as in torch.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Unscales the gradients and makes a step of the optimizer, unless one is not finite.
+
+        Args:
+            args, kwargs: for ``optimizer.step``.
+
+        Returns:
+            what ``optimizer.step`` does.
+
+        Raises:
+            RuntimeError: ``closure=`` is given, or there was a step since the last `update`.
+            AssertionError: no loss has been scaled yet.
+        """
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            if self._enabled and isinstance(optimizer, Optimizer):
+                # torch would not remove its own after an error, and unscale twice in the next step.
+                for name in ("grad_scale", "found_inf", "_findings"):
+                    vars(optimizer).pop(name, None)
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        grads = [
+            param.grad
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        if not isinstance(optimizer, Optimizer) or not all(map(_shows_in_norm, grads)):
+            return super()._check_inf_per_device(optimizer)
+        # Filled by the step; torch reads it now, when it is empty, and in `update`.
+        findings: dict[Any, Any] = {}
+        if grads:
+            optimizer._findings = findings
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
+        return findings
+
+
+def _shows_in_norm(grad: Tensor) -> bool:
+    """Whether the sum of squares, in fp64, is finite exactly where the gradient is.
+
+    Subclasses may hold only a part of it, and MPS has no fp64.
+    """
+    return type(grad) is Tensor and grad.dtype != torch.float64 and not grad.is_mps
