@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Part of what an optimizer is, not of what it has learnt.
 _KEPT = ("master_weights", "state_dtype")
 
+_DTYPES = {"param_remainder": torch.int16, "master_param": torch.float32}
+
 
 class _Saved:
     """A tensor of a state dict, out of the reach of torch's casts."""
@@ -56,10 +58,13 @@ def restore(optimizer: Optimizer) -> None:
             continue
         group = groups.get(param)
         names = () if group is None else optimizer.rule.states(group)
-        for name, value in state.items():
+        for name, value in list(state.items()):
             if not isinstance(value, _Saved):
                 continue
             tensor = value.tensor
+            if tensor.dtype != _DTYPES.get(name, tensor.dtype):
+                del state[name]  # torch has cast it, which leaves no sense in it
+                continue
             if group is None:  # not a parameter's
                 state[name] = tensor
             elif name == "step" and tensor.numel() == 1:

@@ -147,7 +147,7 @@ def test_16_bit_conversions(dtype, isa):
     param = torch.nn.Parameter(torch.zeros(grads.numel(), dtype=dtype))
     param.grad_dtype = torch.float32
     # With lr = -1 in effect, the parameter becomes the gradient, rounded to its dtype.
-    optimizer = fastopt.SGD([param], lr=1.0, maximize=True, backend="cpp")
+    optimizer = fastopt.SGD([param], lr=1.0, maximize=True, master_weights=None, backend="cpp")
     with machine(isa, 1):
         param.grad = grads
         optimizer.step()

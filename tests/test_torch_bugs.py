@@ -56,7 +56,7 @@ def copied_state(optimizer, param):
 def test_16_bit_parameters(cls, variant, backend, dtype, numel):
     """1. torch: SGD(fused=True) never updates a full SIMD block of bf16 or fp16."""
     (param,) = new_params([(numel,)], dtype)
-    optimizer = cls([param], backend=backend, **SETTINGS, **variant)
+    optimizer = cls([param], master_weights=None, backend=backend, **SETTINGS, **variant)
     for step in range(3):
         set_grads([param], step)
         truth, _ = true_step(cls, param, copied_state(optimizer, param), **SETTINGS, **variant)
@@ -239,7 +239,7 @@ def test_mixed_dtypes(cls, variant, backend):
     """DeepSpeed's FusedAdam advances `step` once for each dtype in a step."""
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
     params = [p for dtype in dtypes for p in new_params([(40,)], dtype)]
-    optimizer = cls(params, backend=backend, **SETTINGS, **variant)
+    optimizer = cls(params, master_weights=None, backend=backend, **SETTINGS, **variant)
     for step in range(4):
         set_grads(params, step)
         truths = [
