@@ -98,13 +98,14 @@ struct Packed<Packing::stochastic> {
 // after the point: evenly spaced near 0, then in octaves, each with the relative precision of
 // kMantissa bits. The scale makes the largest of a block the largest code.
 //
-// Numbers without a sign have twice the octaves. They are rounded stochastically: a moving average
-// of squares moves by less than half a code in most steps, and would never move at all. They do not
+// Squares have four times the octaves of what has a sign, twice the decades. They are rounded
+// stochastically: a moving average moves by less than half a code in most steps, and would never
+// move at all. They do not
 // become code 0, so that they do not decode to 0: a denominator of eps alone would make a step of
 // any size. Code 0 is what new states are filled with.
 template <bool is_signed>
 struct Codes {
-  static constexpr int kMantissa = 5;
+  static constexpr int kMantissa = is_signed ? 5 : 4;
   static constexpr int kShift = 23 - kMantissa;
   static constexpr uint32_t kMaxCode = is_signed ? 127 : 255;
   static constexpr uint32_t kOne = 127u << 23;  // the bits of 1.0
@@ -129,8 +130,8 @@ struct Codes {
   static FASTOPT_INLINE void put(float x, uint32_t random, void* a, float inverse, int32_t i) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     const float z = bit_cast<float>(bits & ~kSign) * inverse + 1.0f;
-    // 15 random bits: the largest z, with its rounding errors, must stay within the largest code.
-    const uint32_t dither = is_signed ? 1u << (kShift - 1) : random >> 1 << (kShift - 15);
+    // By 16 bits the largest z, with its rounding errors, stays within the largest code.
+    const uint32_t dither = is_signed ? 1u << (kShift - 1) : random << (kShift - 16);
     const uint32_t code = bit_cast<uint32_t>(z) + dither - kOne;
     // Computed in the upper bits, for the compiler to narrow one vector and not two.
     static_cast<uint8_t*>(a)[i] = static_cast<uint8_t>(
