@@ -254,8 +254,7 @@ def update_error(cls, state_dtype, steps=300, **flags):
 def test_updates_of_reduced_states(cls, flags):
     """Small errors, and none that build up.
 
-    Measured for AdamW: 0.07 and 1.00 with 8 bits where gradients spread over 4 decades as here;
-    rounding exp_avg_sq to nearest would make the second 1.2 and growing.
+    Measured for AdamW: 0.011 and 1.000 with bf16, 0.103 and 1.007 with 8 bits.
     """
     for state_dtype, allowed in ((torch.bfloat16, 0.03), ("8bit", 0.15)):
         error, along = update_error(cls, state_dtype, **flags)
