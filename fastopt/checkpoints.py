@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import precision
+from . import dispatch, precision
 from .reference import arithmetic_dtype
 from .rules import Group
 
@@ -65,7 +65,7 @@ def restore(optimizer: Optimizer) -> None:
             if tensor.dtype != _DTYPES.get(name, tensor.dtype):
                 del state[name]  # torch has cast it, which leaves no sense in it
                 continue
-            if group is None:  # not a parameter's
+            if group is None or tensor.is_meta:  # not a parameter's, or of no use to it
                 state[name] = tensor
             elif name == "step" and tensor.numel() == 1:
                 on_device = group["capturable"] and param.is_cuda
@@ -79,13 +79,14 @@ def restore(optimizer: Optimizer) -> None:
 
 
 def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> None:
-    """Brings the states into the form that the param groups ask for.
+    """Brings the states, but for masters, into the form that the param groups ask for.
 
     Args:
         saved_groups: those of the state dict.
 
     Raises:
         ValueError: something would be lost that a fastopt optimizer has saved, without ``lossy``.
+        RuntimeError: a state does not fit its parameter.
     """
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         names = optimizer.rule.states(group)
@@ -94,6 +95,14 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
             if not state:
                 continue
             where = f"parameter {i} of group {g}, of shape {tuple(param.shape)},"
+            if param.is_meta:
+                dispatch.check_dense(param, where)
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.is_meta:
+                    raise RuntimeError(
+                        f"{where} has a state {name!r} on the meta device, without data: load a "
+                        "state dict with data"
+                    )
             try:
                 forms = precision.kept(optimizer.rule, group, param, names)
             except ValueError as error:
@@ -104,8 +113,8 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
                 raise ValueError(
                     f"{where} would lose precision of its {' and '.join(made.lost)}, saved with "
                     f"master_weights={saved['master_weights']!r} and "
-                    f"state_dtype={saved['state_dtype']!r}: load the model before its optimizer, "
-                    "use these settings, or pass lossy=True"
+                    f"state_dtype={saved['state_dtype']!r}: use these settings, with a "
+                    "model of the dtype and layout that it had, or pass lossy=True"
                 )
             state.update(made.new)
             for key in made.obsolete:

@@ -140,14 +140,16 @@ class Optimizer(torch.optim.Optimizer):
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
         copies them, so that the optimizer shares no memory with ``state_dict``. ``master_weights``
         and ``state_dtype`` remain what they are; what the state dict has in another form is
-        converted. A state dict of torch is rounded as it has to be.
+        converted, masters by the next step. So the model may be loaded before or after this. A
+        state dict of torch is rounded as it has to be.
 
         Args:
             lossy: convert also what cannot be converted exactly.
 
         Raises:
             ValueError: a conversion would lose something (without ``lossy``), or the state dict
-                does not fit; nothing was changed.
+                has other groups; nothing was changed.
+            RuntimeError: a state does not fit its parameter; nothing was changed.
         """
         saved: list[Group] = []
 
@@ -157,12 +159,12 @@ class Optimizer(torch.optim.Optimizer):
 
         # Registered only now, to run after the user's hooks.
         handle = self.register_load_state_dict_pre_hook(prepare)
-        before = self.state, self.param_groups
+        before = self.state, self.param_groups, self._plan, self._versions
         try:
             super().load_state_dict(state_dict)
             checkpoints.convert(self, saved, lossy)
         except BaseException:
-            self.state, self.param_groups = before
+            self.state, self.param_groups, self._plan, self._versions = before
             raise
         finally:
             handle.remove()

@@ -67,20 +67,20 @@ def _pack_remainder(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
     return nearest_bfloat16(x), torch.where(x.isnan(), 0, bits(x)).to(torch.int16)
 
 
-def _rounded(master: Tensor, dtype: torch.dtype) -> Tensor:
+def param_of(master: Tensor, dtype: torch.dtype) -> Tensor:
     """The parameter of a master."""
     return nearest_bfloat16(master) if dtype == torch.bfloat16 else master.to(dtype)
 
 
 def _unpack_master(param: Tensor, master: Tensor) -> Tensor:
     # A master that is not what the parameter was rounded from is out of date.
-    rounded = _rounded(master, param.dtype)
+    rounded = param_of(master, param.dtype)
     stands = rounded.view(torch.int16) == param.view(torch.int16)
     return torch.where(stands, master, param.float())
 
 
 def _pack_master(dtype: torch.dtype) -> Callable[[Tensor, Random], tuple[Tensor, Tensor]]:
-    return lambda x, random: (_rounded(x, dtype), x)
+    return lambda x, random: (param_of(x, dtype), x)
 
 
 def _unpack_stochastic(param: Tensor, nothing: None) -> Tensor:

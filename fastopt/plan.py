@@ -512,7 +512,7 @@ def _make_states(
             for key in new.obsolete:
                 del item.state[key]
         item.state = state.get(item.param, item.state)
-        if item.is_watched and item.grad is not None:
+        if item.is_watched:
             version = item.param._version
             if optimizer._versions.get(item.param, version) != version:
                 item.state["param_remainder"].zero_()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .packing import PACKINGS, Stored, memory_order
+from .packing import PACKINGS, Stored, bits, memory_order, param_of
 from .reference import arithmetic_dtype
 from .rules import Group, Rule
 
@@ -52,8 +52,10 @@ _SPLIT = Kept("", "remainder", None, "param_remainder")
 _MASTERS: dict[torch.dtype, tuple[Kept, ...]] = {
     torch.bfloat16: (_SPLIT, Kept("", "master_of_bfloat16", None, "master_param")),
     torch.float16: (Kept("", "master_of_float16", None, "master_param"),),
-    torch.float32: (Kept("", None, "master_param", None),),  # from when it had 16 bits
 }
+#: The same, whatever the dtype: it may have been another.
+_ANY_MASTER = _MASTERS[torch.bfloat16]
+_MASTER_KEYS = [key for form in _ANY_MASTER for key in form.keys]
 
 
 def kept(rule: Rule, group: Group, param: Tensor, names: tuple[str, ...]) -> list[Kept]:
@@ -146,7 +148,15 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
         RuntimeError: as in `dispatch.check_dense`.
     """
     for form in forms:
-        for each in dict.fromkeys((form, *_other_forms(rule, form, param))):
+        others = _other_forms(rule, form, param) if form.numbers else _ANY_MASTER
+        for each in dict.fromkeys((form, *others)):
+            present = [key for key in each.keys if state.get(key) is not None]
+            if each.numbers and len(present) < len(each.keys) and present:
+                (missing,) = {*each.keys} - {*present}
+                raise RuntimeError(
+                    f"{where} has a state {present[0]!r} without {missing!r}: load a state dict "
+                    "with both, or delete the parameter's entry in optimizer.state"
+                )
             if _is_there(each, state):
                 for key, (shape, dtypes) in _specs(each, param).items():
                     dispatch.check_state(param, key, state[key], shape, dtypes, where)
@@ -194,32 +204,59 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
 
 
 def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
-    """The same, but only of what ``state`` has in another form. The host waits for a GPU."""
+    """The same, but only of what ``state`` has in another form. The host waits for a GPU.
+
+    Masters are left to the next step: it is the parameter that makes numbers of them, and the model
+    may be loaded after its optimizer.
+    """
     made = Made({}, [], False, [])
     dtype = arithmetic_dtype(param)
     for form in forms:
+        if not form.numbers:
+            if _loses_master(form, param, state):
+                made.lost.append("master weights")
+            continue
         source = _source(rule, form, param, state, forms, made.obsolete)
         if source is not None:
             numbers = source.stored(param, state)
             new = _packed(form, param, numbers)
             made.new.update(new)
             if not _same(form.stored(param, new).unpack(dtype), numbers.unpack(dtype)):
-                made.lost.append(form.numbers or "master weights")
+                made.lost.append(form.numbers)
     return made
+
+
+def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
+    """Whether ``form`` cannot have the master that is in ``state``, whatever the parameter is now.
+
+    Of a parameter that no master belongs to any more, whether it is not what the master was.
+    """
+    remainder, master = state.get("param_remainder"), state.get("master_param")
+    if form.keys and (param.dtype == torch.bfloat16 or master is not None):
+        return False
+    in_16_bits = param.dtype in _MASTERS
+    if master is not None:
+        return not _same(param_of(master, param.dtype) if in_16_bits else param.detach(), master)
+    if remainder is not None:  # the lower half of the bits
+        low = bits(param.detach()) if param.dtype == torch.float32 else 0
+        return bool((low - remainder & 0xFFFF).any())
+    return False
 
 
 def plain(rule: Rule, param: Tensor, state: State, names: tuple[str, ...]) -> State:
     """A parameter's state with the states called ``names`` as plain numbers, without its master."""
     forms = [_PLAIN, *(Kept(name, None, name, None) for name in names)]
     made = convert(rule, param, state, forms)
-    return {k: v for k, v in {**state, **made.new}.items() if k not in made.obsolete}
+    without = {*made.obsolete, *_MASTER_KEYS}
+    return {k: v for k, v in {**state, **made.new}.items() if k not in without}
 
 
 def master(group: Group, param: Tensor, state: State) -> Tensor:
     """What the arithmetic takes for a parameter."""
     form = _param_kept(group, param)
-    if not _is_there(form, state):
-        form = _PLAIN
+    if not _is_there(form, state):  # then the next step converts or makes it
+        others = _MASTERS.get(param.dtype, ())
+        form = next((other for other in others if _is_there(other, state)), _PLAIN)
     return form.stored(param, state).unpack(arithmetic_dtype(param))
 
 
@@ -237,7 +274,8 @@ def _source(
     """
     wanted = {key for each in forms for key in each.keys}
     others = [other for other in _other_forms(rule, form, param) if _is_there(other, state)]
-    obsolete += [key for other in others for key in other.keys if key not in wanted]
+    keys = [key for other in others for key in other.keys] if form.numbers else _MASTER_KEYS
+    obsolete += [key for key in keys if key in state and key not in wanted]
     other = others[0] if others else None
     if not form.keys:
         return other
