@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
-from .plan import Plan, new_states
+from .items import new_states
+from .plan import Plan
 from .rules import RULES, Group, Rule
 from .scalars import Rows
 

@@ -7,16 +7,18 @@ import contextlib
 import copy
 import io
 import itertools
-import math
-import pickle
-import re
 
 import pytest
 import torch
-from helpers import BACKENDS, CASES, assert_same_bits, new_params, set_grads, take_steps, torch_class
+from helpers import (
+    BACKENDS,
+    CASES,
+    assert_same_bits,
+    new_params,
+    take_steps,
+)
 
 import fastopt
-from fastopt.packing import nearest_bfloat16
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 STATE_DTYPES = (FP32, BF16, "8bit")
