@@ -145,6 +145,7 @@ def _pack_levels(x: Tensor, max_code: int, mantissa: int, random: Tensor) -> tup
     largest = from_bits(bits(blocks.view(-1, CODE_BLOCK)).amax(1))
     scale = largest / _level(torch.tensor(max_code, device=x.device), mantissa)
     scale = torch.where(scale < MIN_SCALE, MIN_SCALE, scale)  # no denormals, for their inverses
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
     inverse = torch.empty_like(x)
     in_memory_order(inverse).copy_((1 / scale).repeat_interleave(CODE_BLOCK)[: x.numel()])
     z = x * inverse + 1

@@ -123,6 +123,7 @@ def pack(
         largest = tl.max(in_code_blocks(magnitude.to(tl.int32, bitcast=True)), 1)
         scale = tl.div_rn(from_bits(largest), level(tl.full((), MAX_CODE, tl.uint32), BITS))
         scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
+        scale = tl.where(largest >= 0x7F800000, from_bits(tl.full((), NAN, tl.uint32)), scale)
         scales = scales_at(begin)
         known = None if left is None else scales * CODE_BLOCK < left
         store(b, scales, known, scale, tl.float32, False)
