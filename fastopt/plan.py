@@ -199,7 +199,7 @@ class Plan:
         # All that may raise comes before the states are made: they would pass for old ones later.
         rows.check()
         places = [
-            _Place(group, g, i)
+            Place(group, g, i)
             for g, group in enumerate(optimizer.param_groups)
             for i in range(len(group["params"]))
         ]
@@ -423,7 +423,7 @@ def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
 
 
 @dataclass
-class _Place:
+class Place:
     """Names a parameter in an error message."""
 
     group: Group
@@ -442,7 +442,7 @@ class _Place:
         return f"parameter {self.index}{name} of group {self.group_index}, of shape {shape},"
 
 
-def _item(optimizer: Optimizer, place: _Place, number: int, settings: list[Any]) -> Item | None:
+def _item(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -> Item | None:
     """What can be updated of a parameter; None where nothing is to be done in this step, nor known
     of a later one, because there is neither a gradient nor a state."""
     rule, param, grad = optimizer.rule, place.param, place.param.grad
