@@ -4,7 +4,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
 # -ffp-contract=off: the same bits on every instruction set. -fno-trapping-math changes no value; it
-# lets the compiler turn a rule's conditions into selects.
+# lets the compiler turn a rule's conditions into selects. -Wno-psabi: no function takes vectors,
+# once all is inlined.
 openmp = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
@@ -16,13 +17,14 @@ setup(
             depends=[
                 f"csrc/{name}.h"
                 for name in (
-                    *("dlpack", "dtypes", "isa", "kernels", "layout"),
-                    *("multi_tensor", "norm", "plan", "rules"),
+                    *("dlpack", "dtypes", "isa", "kernels", "lanes", "layout"),
+                    *("multi_tensor", "norm", "packed", "plan", "random", "rules"),
                 )
             ],
             cxx_std=17,
             extra_compile_args=[
                 *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+                "-Wno-psabi",
                 *openmp,
             ],
             extra_link_args=openmp,

@@ -2,23 +2,16 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <type_traits>
 
 #include "isa.h"
+#include "lanes.h"
 
 namespace fastopt {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 inline constexpr int kDTypes = 4;
 inline constexpr int64_t kItemSize[kDTypes] = {4, 8, 2, 2};
-
-template <class To, class From>
-FASTOPT_INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 template <DType>
 struct Element;
@@ -42,16 +35,27 @@ struct Element<DType::float64> {
 // 16-bit types go through float, as in torch. Both encodings round to nearest, ties to even. They
 // are integer arithmetic rather than F16C instructions or _Float16, so that they vectorise on every
 // instruction set and do not depend on the flush-to-zero mode.
+inline constexpr uint32_t kNaN = 0x7fc00000;  // the bits of one
+
+template <class L>
+FASTOPT_INLINE typename L::F decode_bfloat16(const uint16_t* x) {
+  return L::floats(L::widen(x) << 16);
+}
+
+// In the upper bits.
+template <class L>
+FASTOPT_INLINE typename L::U encode_bfloat16(typename L::F x) {
+  const typename L::U bits = L::bits(x);
+  return x != x ? L::fill(kNaN) : bits + ((bits >> 16 & 1) + 0x7fff);
+}
+
 template <>
 struct Element<DType::bfloat16> {
   using Stored = uint16_t;
-  static FASTOPT_INLINE float decode(uint16_t x) { return bit_cast<float>(uint32_t{x} << 16); }
+  static FASTOPT_INLINE float decode(uint16_t x) { return decode_bfloat16<OneLane>(&x); }
   template <class T>
-  static FASTOPT_INLINE uint16_t encode(T value) {
-    const float x = static_cast<float>(value);
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
+  static FASTOPT_INLINE uint16_t encode(T x) {
+    return static_cast<uint16_t>(encode_bfloat16<OneLane>(static_cast<float>(x)) >> 16);
   }
 };
 
@@ -92,27 +96,44 @@ struct Element<DType::float16> {
 };
 
 // Loads n elements, `stride` elements apart.
-template <class T, DType dtype>
+template <class T, DType dtype, class Lanes>
 struct Load {
   static FASTOPT_INLINE void run(const void* from, int64_t stride, int64_t n, T* to) {
     const auto* source = static_cast<const typename Element<dtype>::Stored*>(from);
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(Element<dtype>::decode(source[i]));
-    } else {
+    if (stride != 1) {
       for (int64_t i = 0; i < n; ++i)
         to[i] = static_cast<T>(Element<dtype>::decode(source[i * stride]));
+    } else if constexpr (dtype == DType::bfloat16 && std::is_same_v<T, float>) {
+      for_each_group<Lanes, 1>(n, [&](auto lanes, int64_t i) FASTOPT_INLINE_LAMBDA {
+        using L = decltype(lanes);
+        L::store(decode_bfloat16<L>(source + i), to + i);
+      });
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(Element<dtype>::decode(source[i]));
     }
   }
 };
 
-template <class T, DType dtype>
+template <class T, DType dtype, class Lanes>
 struct Store {
   static FASTOPT_INLINE void run(const T* from, void* to, int64_t stride, int64_t n) {
     auto* target = static_cast<typename Element<dtype>::Stored*>(to);
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) target[i] = Element<dtype>::encode(from[i]);
-    } else {
+    if (stride != 1) {
       for (int64_t i = 0; i < n; ++i) target[i * stride] = Element<dtype>::encode(from[i]);
+    } else if constexpr (dtype == DType::bfloat16 && std::is_same_v<T, float>) {
+      constexpr int vectors = Lanes::template vectors<uint16_t>;
+      for_each_group<Lanes, vectors>(n, [&](auto lanes, int64_t i) FASTOPT_INLINE_LAMBDA {
+        using L = decltype(lanes);
+        typename L::U words[L::template vectors<uint16_t>];
+        int64_t at = i;
+        for (auto& word : words) {
+          word = encode_bfloat16<L>(L::load(from + at));
+          at += L::n;
+        }
+        L::store_upper_bits(words, target + i);
+      });
+    } else {
+      for (int64_t i = 0; i < n; ++i) target[i] = Element<dtype>::encode(from[i]);
     }
   }
 };

@@ -7,7 +7,8 @@
 
 #include <cstring>
 
-#define FASTOPT_INLINE inline __attribute__((always_inline))
+#define FASTOPT_INLINE_LAMBDA __attribute__((always_inline))
+#define FASTOPT_INLINE inline FASTOPT_INLINE_LAMBDA
 
 #if defined(__x86_64__) && \
     (defined(__clang__) ? __clang_major__ >= 17 : defined(__GNUC__) && __GNUC__ >= 12)
@@ -59,11 +60,12 @@ struct Compiled<Kernel, Result(Args...)> {
 #endif
 };
 
-template <class Kernel>
+// `Wide` is the kernel for instruction sets with vectors of 32 bytes, where it is another one.
+template <class Kernel, class Wide = Kernel>
 constexpr auto compiled_for([[maybe_unused]] Isa isa) {
 #if FASTOPT_X86_LEVELS
-  if (isa == Isa::x86_64_v4) return &Compiled<Kernel>::x86_64_v4;
-  if (isa == Isa::x86_64_v3) return &Compiled<Kernel>::x86_64_v3;
+  if (isa == Isa::x86_64_v4) return &Compiled<Wide>::x86_64_v4;
+  if (isa == Isa::x86_64_v3) return &Compiled<Wide>::x86_64_v3;
 #endif
   return &Compiled<Kernel>::baseline;
 }

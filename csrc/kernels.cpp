@@ -7,8 +7,10 @@ namespace {
 
 template <class T, size_t... D, size_t... R>
 constexpr Kernels<T> table(Isa isa, std::index_sequence<D...>, std::index_sequence<R...>) {
-  return {{compiled_for<Load<T, static_cast<DType>(D)>>(isa)...},
-          {compiled_for<Store<T, static_cast<DType>(D)>>(isa)...},
+  return {{compiled_for<Load<T, static_cast<DType>(D), OneLane>,
+                        Load<T, static_cast<DType>(D), EightLanes>>(isa)...},
+          {compiled_for<Store<T, static_cast<DType>(D), OneLane>,
+                        Store<T, static_cast<DType>(D), EightLanes>>(isa)...},
           {compiled_for<Update<std::tuple_element_t<R, Rules>, T>>(isa)...}};
 }
 
@@ -23,8 +25,10 @@ constexpr Kernels<T> tables[] = {table<T>(Isa::baseline), table<T>(Isa::x86_64_v
 
 template <size_t... P>
 constexpr PackingKernels packing_table(Isa isa, std::index_sequence<P...>) {
-  return {{compiled_for<Unpack<static_cast<Packing>(P)>>(isa)...},
-          {compiled_for<Pack<static_cast<Packing>(P)>>(isa)...}};
+  return {{compiled_for<Unpack<static_cast<Packing>(P), OneLane>,
+                        Unpack<static_cast<Packing>(P), EightLanes>>(isa)...},
+          {compiled_for<Pack<static_cast<Packing>(P), OneLane>,
+                        Pack<static_cast<Packing>(P), EightLanes>>(isa)...}};
 }
 
 constexpr PackingKernels packing_table(Isa isa) {

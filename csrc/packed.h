@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "dtypes.h"
 #include "isa.h"
@@ -31,49 +32,65 @@ constexpr bool is_coded(Packing packing) {
 inline constexpr int32_t kCodeBlock = 256;
 inline constexpr int64_t kItemBytes[kPackings] = {2, 2, 2, 2, 1, 1};  // of an element in `a`
 
-inline constexpr uint32_t kNaN = 0x7fc00000;  // the bits of one
-
 // To nearest, ties away from zero: a remainder of 16 bits cannot tell the two ties of an even number
-// apart, which both would round to it.
-FASTOPT_INLINE uint16_t nearest_bfloat16(float x) {
-  return static_cast<uint16_t>((x != x ? kNaN : bit_cast<uint32_t>(x) + 0x8000) >> 16);
+// apart, which both would round to it. In the upper bits.
+template <class L>
+FASTOPT_INLINE typename L::U nearest_bfloat16(typename L::F x) {
+  return x != x ? L::fill(kNaN) : L::bits(x) + 0x8000;
 }
 
-// What belongs to the i-th element: `get` makes the number, `put` stores it, with 16 random bits.
+// What belongs to the elements from the i-th on, one for each lane of L: `get` makes the numbers,
+// `put` what is to be stored of them in the upper bits of `a`, and in `b`, with 16 random bits.
 template <Packing>
 struct Packed;
 
 template <>
 struct Packed<Packing::remainder> {
-  static FASTOPT_INLINE float get(const void* a, const void* b, int32_t i) {
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(a)[i]} << 16;
-    const int32_t remainder = static_cast<const int16_t*>(b)[i];
-    const float value = bit_cast<float>(bits);
-    const float master = bit_cast<float>(bits + static_cast<uint32_t>(remainder));
+  template <class L>
+  static FASTOPT_INLINE typename L::F get(const void* a, const void* b, int32_t i) {
+    const typename L::U bits = L::widen(static_cast<const uint16_t*>(a) + i) << 16;
+    const typename L::U remainder = L::widen(static_cast<const int16_t*>(b) + i);
+    const typename L::F value = L::floats(bits);
+    const typename L::F master = L::floats(bits + remainder);
     // A parameter that was set to 0 or infinity, with the remainder of what it was before.
     return master != master ? value : master;
   }
-  static FASTOPT_INLINE void put(float x, uint32_t, void* a, void* b, int32_t i) {
-    static_cast<uint16_t*>(a)[i] = nearest_bfloat16(x);
-    static_cast<uint16_t*>(b)[i] = static_cast<uint16_t>(x != x ? 0 : bit_cast<uint32_t>(x));
+  template <class L>
+  static FASTOPT_INLINE void put(typename L::F x, typename L::U, typename L::U& a,
+                                 typename L::U& b) {
+    a = nearest_bfloat16<L>(x);
+    b = x != x ? L::fill(0) : L::bits(x);
   }
 };
 
 template <DType dtype>
 struct PackedMaster {
-  static FASTOPT_INLINE uint16_t encode(float x) {
-    if constexpr (dtype == DType::bfloat16) return nearest_bfloat16(x);
-    return Element<dtype>::encode(x);
+  template <class L>
+  static FASTOPT_INLINE typename L::U encode(typename L::F x) {
+    if constexpr (dtype == DType::bfloat16)
+      return nearest_bfloat16<L>(x) >> 16;
+    else
+      return Element<dtype>::encode(x);
   }
-  static FASTOPT_INLINE float get(const void* a, const void* b, int32_t i) {
-    const uint16_t param = static_cast<const uint16_t*>(a)[i];
-    const float master = static_cast<const float*>(b)[i];
+  template <class L>
+  static FASTOPT_INLINE typename L::F decode(const uint16_t* x) {
+    if constexpr (dtype == DType::bfloat16)
+      return decode_bfloat16<L>(x);
+    else
+      return Element<dtype>::decode(*x);
+  }
+  template <class L>
+  static FASTOPT_INLINE typename L::F get(const void* a, const void* b, int32_t i) {
+    const auto* param = static_cast<const uint16_t*>(a) + i;
+    const typename L::F master = L::load(static_cast<const float*>(b) + i);
     // A master that is not what the parameter was rounded from is out of date.
-    return encode(master) == param ? master : Element<dtype>::decode(param);
+    return encode<L>(master) == L::widen(param) ? master : decode<L>(param);
   }
-  static FASTOPT_INLINE void put(float x, uint32_t, void* a, void* b, int32_t i) {
-    static_cast<uint16_t*>(a)[i] = encode(x);
-    static_cast<float*>(b)[i] = x;
+  template <class L>
+  static FASTOPT_INLINE void put(typename L::F x, typename L::U, typename L::U& a,
+                                 typename L::U& b) {
+    a = encode<L>(x) << 16;
+    b = L::bits(x);
   }
 };
 
@@ -85,12 +102,14 @@ struct Packed<Packing::master_of_float16> : PackedMaster<DType::float16> {};
 // Rounds up with a probability that is the dropped part: unbiased.
 template <>
 struct Packed<Packing::stochastic> {
-  static FASTOPT_INLINE float get(const void* a, const void*, int32_t i) {
-    return Element<DType::bfloat16>::decode(static_cast<const uint16_t*>(a)[i]);
+  template <class L>
+  static FASTOPT_INLINE typename L::F get(const void* a, const void*, int32_t i) {
+    return decode_bfloat16<L>(static_cast<const uint16_t*>(a) + i);
   }
-  static FASTOPT_INLINE void put(float x, uint32_t random, void* a, void*, int32_t i) {
-    const uint32_t bits = x != x ? kNaN : bit_cast<uint32_t>(x) + random;
-    static_cast<uint16_t*>(a)[i] = static_cast<uint16_t>(bits >> 16);
+  template <class L>
+  static FASTOPT_INLINE void put(typename L::F x, typename L::U random, typename L::U& a,
+                                 typename L::U&) {
+    a = x != x ? L::fill(kNaN) : L::bits(x) + random;
   }
 };
 
@@ -98,44 +117,51 @@ struct Packed<Packing::stochastic> {
 // after the point: evenly spaced near 0, then in octaves, each with the relative precision of
 // kMantissa bits. The scale makes the largest of a block the largest code.
 //
-// Numbers without a sign have twice the octaves. They are rounded stochastically: a moving average
-// of squares moves by less than half a code in most steps, and would never move at all. They do not
+// Squares have four times the octaves of what has a sign, twice the decades. They are rounded
+// stochastically: a moving average moves by less than half a code in most steps, and would never
+// move at all. They do not
 // become code 0, so that they do not decode to 0: a denominator of eps alone would make a step of
 // any size. Code 0 is what new states are filled with.
 template <bool is_signed>
 struct Codes {
-  static constexpr int kMantissa = 5;
+  static constexpr int kMantissa = is_signed ? 5 : 4;
   static constexpr int kShift = 23 - kMantissa;
   static constexpr uint32_t kMaxCode = is_signed ? 127 : 255;
   static constexpr uint32_t kOne = 127u << 23;  // the bits of 1.0
   static constexpr uint32_t kSign = 1u << 31;
 
-  static FASTOPT_INLINE float level(uint32_t code) {
-    return bit_cast<float>((code << kShift) + kOne) - 1.0f;
+  template <class L>
+  static FASTOPT_INLINE typename L::F level(typename L::U code) {
+    return L::floats((code << kShift) + kOne) - 1.0f;
   }
   static FASTOPT_INLINE float scale_of(uint32_t largest) {
-    const float scale = bit_cast<float>(largest) / level(kMaxCode);
+    if (largest >= 0x7f800000) return bit_cast<float>(kNaN);
+    const float scale = bit_cast<float>(largest) / level<OneLane>(kMaxCode);
     return scale < 0x1p-120f ? 0x1p-120f : scale;  // no denormal numbers, for their inverses
   }
-  static FASTOPT_INLINE float get(const void* a, float scale, int32_t i) {
+  template <class L>
+  static FASTOPT_INLINE typename L::F get(const void* a, float scale, int32_t i) {
     if constexpr (is_signed) {
       // The sign of the code's extension to 32 bits becomes that of z, and of 1.
-      const auto code = static_cast<uint32_t>(int32_t{static_cast<const int8_t*>(a)[i]});
-      const uint32_t z = (code << kShift & (kMaxCode << kShift | kSign)) + kOne;
-      return (bit_cast<float>(z) - bit_cast<float>((code & kSign) | kOne)) * scale;
+      const typename L::U code = L::widen(static_cast<const int8_t*>(a) + i);
+      const typename L::U z = (code << kShift & (kMaxCode << kShift | kSign)) + kOne;
+      return (L::floats(z) - L::floats((code & kSign) | kOne)) * scale;
+    } else {
+      return level<L>(L::widen(static_cast<const uint8_t*>(a) + i)) * scale;
     }
-    return level(static_cast<const uint8_t*>(a)[i]) * scale;
   }
-  static FASTOPT_INLINE void put(float x, uint32_t random, void* a, float inverse, int32_t i) {
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const float z = bit_cast<float>(bits & ~kSign) * inverse + 1.0f;
-    // 15 random bits: the largest z, with its rounding errors, must stay within the largest code.
-    const uint32_t dither = is_signed ? 1u << (kShift - 1) : random >> 1 << (kShift - 15);
-    const uint32_t code = bit_cast<uint32_t>(z) + dither - kOne;
-    // Computed in the upper bits, for the compiler to narrow one vector and not two.
-    static_cast<uint8_t*>(a)[i] = static_cast<uint8_t>(
-        is_signed ? ((code << (24 - kShift) & 0x7f000000) | (bits & kSign)) >> 24
-                  : std::max(code >> kShift, 1u));
+  template <class L>
+  static FASTOPT_INLINE typename L::U put(typename L::F x, typename L::U random, float inverse) {
+    const typename L::U bits = L::bits(x);
+    const typename L::F z = L::floats(bits & ~kSign) * inverse + 1.0f;
+    // By 16 bits the largest z, with its rounding errors, stays within the largest code.
+    const typename L::U dither =
+        is_signed ? L::fill(1u << (kShift - 1)) : random << (kShift - 16);
+    const typename L::U code = (L::bits(z) + (dither - kOne)) << (24 - kShift);
+    if constexpr (is_signed)
+      return (code & (kMaxCode << 24)) | (bits & kSign);
+    const typename L::U smallest = L::fill(1u << 24);
+    return code > smallest ? code : smallest;
   }
 };
 
@@ -144,43 +170,89 @@ struct Packed<Packing::codes> : Codes<true> {};
 template <>
 struct Packed<Packing::unsigned_codes> : Codes<false> {};
 
+// The conversions of fp16 are written for one number at a time.
+template <Packing packing, class Lanes>
+using LanesFor = std::conditional_t<packing == Packing::master_of_float16, OneLane, Lanes>;
+
 // Makes n numbers of the arrays `a` and `b`.
-template <Packing packing>
+template <Packing packing, class Lanes>
 struct Unpack {
   static FASTOPT_INLINE void run(const void* a, const void* b, int32_t n, float* x) {
     if constexpr (is_coded(packing)) {
       for (int32_t begin = 0; begin < n; begin += kCodeBlock) {
-        const int32_t end = std::min(begin + kCodeBlock, n);
         const float scale = static_cast<const float*>(b)[begin / kCodeBlock];
-        for (int32_t i = begin; i < end; ++i) x[i] = Packed<packing>::get(a, scale, i);
+        for_each_group<Lanes, 1>(
+            std::min(kCodeBlock, n - begin), [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+              using L = decltype(lanes);
+              L::store(Packed<packing>::template get<L>(a, scale, begin + i), x + begin + i);
+            });
       }
     } else {
-      for (int32_t i = 0; i < n; ++i) x[i] = Packed<packing>::get(a, b, i);
+      for_each_group<LanesFor<packing, Lanes>, 1>(
+          n, [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+            using L = decltype(lanes);
+            L::store(Packed<packing>::template get<L>(a, b, i), x + i);
+          });
     }
   }
 };
 
 // Stores n numbers, which begin with the element `first` of a chunk, in the arrays.
-template <Packing packing>
+template <Packing packing, class Lanes>
 struct Pack {
   static FASTOPT_INLINE void run(const float* x, uint32_t key, int32_t first, int32_t n, void* a,
                                  void* b) {
     if constexpr (is_coded(packing)) {
-      for (int32_t begin = 0; begin < n; begin += kCodeBlock) {
-        const int32_t end = std::min(begin + kCodeBlock, n);
-        uint32_t largest = 0;
-        for (int32_t i = begin; i < end; ++i)
-          largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffff);
-        const float scale = Packed<packing>::scale_of(largest);
-        static_cast<float*>(b)[begin / kCodeBlock] = scale;
-        const float inverse = 1.0f / scale;
-        for (int32_t i = begin; i < end; ++i)
-          Packed<packing>::put(x[i], random_bits(key, first + i), a, inverse, i);
-      }
+      auto* scales = static_cast<float*>(b);
+      // All scales before all codes: the processor need not wait for one before it goes on.
+      for (int32_t begin = 0; begin < n; begin += kCodeBlock)
+        scales[begin / kCodeBlock] = scale_of(x + begin, std::min(kCodeBlock, n - begin));
+      for (int32_t begin = 0; begin < n; begin += kCodeBlock)
+        encode(x + begin, advance(key, first + begin), std::min(kCodeBlock, n - begin),
+               1.0f / scales[begin / kCodeBlock], static_cast<uint8_t*>(a) + begin);
     } else {
-      for (int32_t i = 0; i < n; ++i)
-        Packed<packing>::put(x[i], random_bits(key, first + i), a, b, i);
+      using Wide = LanesFor<packing, Lanes>;
+      constexpr int vectors = Wide::template vectors<uint16_t>;
+      for_each_group<Wide, vectors>(n, [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+        using L = decltype(lanes);
+        constexpr int count = L::template vectors<uint16_t>;
+        const uint32_t key_here = advance(key, first + i);
+        typename L::U of_a[count], of_b[count];
+        for (int k = 0; k < count; ++k) {
+          const int32_t at = i + k * L::n;
+          Packed<packing>::template put<L>(L::load(x + at), random_bits<L>(key_here, k * L::n),
+                                           of_a[k], of_b[k]);
+          if constexpr (packing == Packing::master_of_bfloat16 ||
+                        packing == Packing::master_of_float16)
+            L::store(L::floats(of_b[k]), static_cast<float*>(b) + at);
+        }
+        L::store_upper_bits(of_a, static_cast<uint16_t*>(a) + i);
+        if constexpr (packing == Packing::remainder)
+          L::store_lower_bits(of_b, static_cast<uint16_t*>(b) + i);
+      });
     }
+  }
+
+ private:
+  static FASTOPT_INLINE float scale_of(const float* x, int32_t n) {
+    uint32_t largest = 0;
+    for (int32_t i = 0; i < n; ++i)
+      largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffff);
+    return Packed<packing>::scale_of(largest);
+  }
+  static FASTOPT_INLINE void encode(const float* x, uint32_t key, int32_t n, float inverse,
+                                    uint8_t* codes) {
+    for_each_group<Lanes, Lanes::template vectors<uint8_t>>(
+        n, [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+          using L = decltype(lanes);
+          constexpr int vectors = L::template vectors<uint8_t>;
+          const uint32_t key_here = advance(key, i);
+          typename L::U words[vectors];
+          for (int k = 0; k < vectors; ++k)
+            words[k] = Packed<packing>::template put<L>(
+                L::load(x + i + k * L::n), random_bits<L>(key_here, k * L::n), inverse);
+          L::store_upper_bits(words, codes + i);
+        });
   }
 };
 

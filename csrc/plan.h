@@ -17,7 +17,7 @@ namespace fastopt {
 namespace py = pybind11;
 
 // Address, storage, shape and strides of a tensor, and the address of what is stored beside it: the
-// tuple that fastopt.plan.describe makes. The storages are those of DType, then those of Packing.
+// tuple that fastopt.items.describe makes. The storages are those of DType, then those of Packing.
 struct Description {
   char* data;
   DType dtype = DType::float32;

@@ -21,11 +21,19 @@ inline uint32_t random_key(uint64_t seed, uint64_t step, uint64_t param, uint64_
   return static_cast<uint32_t>(key >> 32);
 }
 
-// 16 bits for the i-th element of a chunk: a Weyl sequence that starts at the key, and one round of
-// shift and multiply. Little, because it is computed where an 8-bit state has few cycles to spare;
-// tests/test_precision.py shows that it is enough.
-FASTOPT_INLINE uint32_t random_bits(uint32_t key, int32_t i) {
-  uint32_t x = static_cast<uint32_t>(i) * 0x9e3779b1 + key;
+inline constexpr uint32_t kWeyl = 0x9e3779b1;
+
+// The key with which the i-th element becomes the 0-th.
+FASTOPT_INLINE uint32_t advance(uint32_t key, int32_t i) {
+  return static_cast<uint32_t>(i) * kWeyl + key;
+}
+
+// 16 bits for each lane, for the elements of a chunk from the i-th on: a Weyl sequence that starts
+// at the key, and one round of shift and multiply. Little, because it is computed where an 8-bit
+// state has few cycles to spare; tests/test_precision.py shows that it is enough.
+template <class L>
+FASTOPT_INLINE typename L::U random_bits(uint32_t key, int32_t i) {
+  typename L::U x = (L::iota() + static_cast<uint32_t>(i)) * kWeyl + key;
   x = (x ^ (x >> 16)) * 0x2c1b3c6d;
   return x >> 16;
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, precision
-from .plan import Place
+from .items import Place
 from .reference import arithmetic_dtype
 from .rules import Group
 

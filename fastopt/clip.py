@@ -17,8 +17,9 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .devices import moved
+from .items import describe
 from .packing import Stored
-from .plan import describe, norm_options
+from .plan import norm_options
 from .scalars import clip_coef
 
 Tensors = Tensor | Iterable[Tensor]

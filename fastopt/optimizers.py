@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
-from .plan import Place, Plan, new_states
+from .items import Place, new_states
+from .plan import Plan
 from .rules import RULES, Group, Rule
 from .scalars import Rows
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 CODE_BLOCK = 256  # elements that share a scale
 CHUNK = 8192  # elements that share a key
-MANTISSA = 5  # bits of a code
-SHIFT = 23 - MANTISSA
-ONE = 127 << MANTISSA  # the code of 1.0, were it one
+SIGNED_MANTISSA, MANTISSA = 5, 4  # bits of a code with a sign, and without
 MIN_SCALE = 2.0**-120
 NAN = 0x7FC00000  # the bits of one
+ONE = 127 << 23  # the bits of 1.0
 
 Random = Callable[[Tensor], Tensor]
 
@@ -95,56 +94,66 @@ def _pack_stochastic(x: Tensor, random: Random) -> tuple[Tensor, None]:
     return bfloat16_from_bits(torch.where(x.isnan(), NAN, bits(x) + random(x)) >> 16), None
 
 
-def _level(codes: Tensor) -> Tensor:
-    return from_bits((codes.long() + ONE) << SHIFT) - 1
+def _level(codes: Tensor, mantissa: int) -> Tensor:
+    """z - 1: see `_pack_codes`."""
+    return from_bits((codes.long() << (23 - mantissa)) + ONE) - 1
 
 
 def _unpack_codes(codes: Tensor, scale: Tensor) -> Tensor:
-    return _unpack_levels(codes & 0x7F, scale).copysign(127.5 - codes.float())
+    x = _unpack_levels(codes & 0x7F, scale, SIGNED_MANTISSA)
+    return x.copysign(127.5 - codes.float())
 
 
-def _unpack_levels(codes: Tensor, scale: Tensor) -> Tensor:
+def _unpack_unsigned_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    return _unpack_levels(codes, scale, MANTISSA)
+
+
+def _unpack_levels(codes: Tensor, scale: Tensor, mantissa: int) -> Tensor:
     x = torch.empty_like(codes, dtype=torch.float32)
     scales = scale.repeat_interleave(CODE_BLOCK)[: codes.numel()]
-    in_memory_order(x).copy_(_level(in_memory_order(codes)) * scales)
+    in_memory_order(x).copy_(_level(in_memory_order(codes), mantissa) * scales)
     return x
 
 
 def _pack_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
     """Codes of numbers with a sign.
 
-    A code c stands for (z - 1) * scale, where z is the c-th number from 1 on that has MANTISSA bits
-    after the point: evenly spaced near 0, then in octaves, each with the relative precision of
-    MANTISSA bits. The scale makes the largest of a block the largest code.
+    A code c stands for (z - 1) * scale, where z is the c-th number from 1 on whose mantissa has
+    SIGNED_MANTISSA bits: evenly spaced near 0, then in octaves, each with the relative precision of
+    so many bits. The scale makes the largest of a block the largest code.
     """
-    codes, scale = _pack_levels(x, 127, torch.full_like(x, 1 << (SHIFT - 1), dtype=torch.int64))
+    half = torch.full_like(x, 0x8000, dtype=torch.int64)
+    codes, scale = _pack_levels(x, 127, SIGNED_MANTISSA, half)
     return torch.where(x.signbit(), codes | 0x80, codes), scale
 
 
 def _pack_unsigned_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
-    """The same of numbers without a sign, which have twice the octaves.
+    """The same of squares, with MANTISSA bits: four times the octaves, so twice the decades.
 
-    They are rounded stochastically: a moving average of squares moves by less than half a code in
-    most steps, and would never move at all. They do not become code 0, so that they do not decode
-    to 0: a denominator of eps alone would make a step of any size. Code 0 is what new states are
-    filled with.
+    They are rounded stochastically: a moving average moves by less than half a code in most steps,
+    and would never move at all. They do not become code 0, so that they do not decode to 0: a
+    denominator of eps alone would make a step of any size. Code 0 is what new states are filled
+    with.
     """
-    # 15 random bits: the largest z, with its rounding errors, must stay within the largest code.
-    codes, scale = _pack_levels(x, 255, random(x) >> 1 << (SHIFT - 15))
+    codes, scale = _pack_levels(x, 255, MANTISSA, random(x))
     return codes.clamp(min=1), scale
 
 
-def _pack_levels(x: Tensor, max_code: int, dither: Tensor) -> tuple[Tensor, Tensor]:
+def _pack_levels(x: Tensor, max_code: int, mantissa: int, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of magnitudes, which ``random``, of 16 bits, rounds up."""
     x = x.abs()
     blocks = torch.nn.functional.pad(in_memory_order(x), (0, -x.numel() % CODE_BLOCK))
     # As integers, among which NaN is larger than infinity.
     largest = from_bits(bits(blocks.view(-1, CODE_BLOCK)).amax(1))
-    scale = largest / _level(torch.tensor(max_code, device=x.device))
+    scale = largest / _level(torch.tensor(max_code, device=x.device), mantissa)
     scale = torch.where(scale < MIN_SCALE, MIN_SCALE, scale)  # no denormals, for their inverses
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
     inverse = torch.empty_like(x)
     in_memory_order(inverse).copy_((1 / scale).repeat_interleave(CODE_BLOCK)[: x.numel()])
     z = x * inverse + 1
-    return (((bits(z) + dither) >> SHIFT) - ONE) & max_code, scale
+    # By 16 bits the largest z, with its rounding errors, stays within the largest code.
+    dither = random << (7 - mantissa)
+    return (bits(z) + dither - ONE) >> (23 - mantissa) & max_code, scale
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ PACKINGS = {
     ),
     "codes": Packing(torch.uint8, torch.float32, _unpack_codes, _pack_codes),
     "unsigned_codes": Packing(
-        torch.uint8, torch.float32, _unpack_levels, _pack_unsigned_codes, is_random=True
+        torch.uint8, torch.float32, _unpack_unsigned_codes, _pack_unsigned_codes, is_random=True
     ),
 }
 

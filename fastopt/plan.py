@@ -4,135 +4,19 @@ from __future__ import annotations
 
 import math
 from array import array
-from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, precision, reference
+from . import dispatch, reference
 from .devices import capturing, moved
-from .packing import PACKINGS, Stored
-from .precision import Kept
-from .rules import Group, Rule
+from .items import Item, Place, find, make_states
 from .scalars import Rows
 
 if TYPE_CHECKING:
-    from ._C import Description
     from .optimizers import Optimizer
-
-
-def describe(tensor: Tensor, packing: str | None = None, b: Tensor | None = None) -> Description:
-    """What the C++ backend needs to know of a tensor, or of the arrays of a `Stored`."""
-    if packing is None:
-        storage = dispatch.DTYPES.index(tensor.dtype)
-    else:
-        storage = len(dispatch.DTYPES) + list(PACKINGS).index(packing)
-    beside = 0 if b is None else b.data_ptr()
-    return tensor.data_ptr(), storage, tuple(tensor.shape), tensor.stride(), beside
-
-
-class Watched(NamedTuple):
-    """What csrc/plan.cpp has to know of a parameter.
-
-    Args:
-        grad: None where there is none now.
-        grad_type: the gradient's Python type.
-        state: the optimizer's for this parameter, None where it is empty.
-        rule: index into Rules of csrc/rules.h.
-        operands: descriptions of parameter, gradient and states.
-        states: the tensors of the parameter's state that a step writes, but for ``step``.
-        version: the parameter's version, where its states are out of date once that changes.
-        fresh: there is no step to count, and the states are made in this step.
-        part: 0: updated by the C++ kernels; else by this one of `Plan.parts`, counted from 1.
-        scalars_here: the plan counts the step and computes the scalars, not the device.
-    """
-
-    grad: Tensor | None
-    grad_type: type
-    state: dict[str, Any] | None
-    rule: int
-    operands: list[Description]
-    states: list[Tensor]
-    version: int | None
-    step: Tensor | None
-    fresh: bool
-    part: int
-    scalars_here: bool
-
-
-@dataclass
-class Item:
-    """A parameter that can be updated, with what a step reads and writes of it.
-
-    Args:
-        number: the parameter's place in the optimizer.
-        grad: None where there is none now, while the states are there from an earlier step.
-        state: the optimizer's for this parameter.
-        forms: how the parameter and the rule's states are kept.
-        fresh: the states are made in this step.
-    """
-
-    group: int
-    number: int
-    param: Tensor
-    grad: Tensor | None
-    backend: str
-    state: dict[str, Any]
-    forms: list[Kept]
-    fresh: bool = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The rule's states."""
-        return tuple(form.numbers for form in self.forms[1:])
-
-    @property
-    def stored(self) -> list[Stored]:
-        """The parameter and the rule's states."""
-        return [form.stored(self.param, self.state) for form in self.forms]
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether a change of the parameter makes its state out of date."""
-        return self.forms[0].packing == "remainder"
-
-    def watched(self, rule: Rule, part: int, scalars_here: bool) -> Watched:
-        extension = dispatch.extension()
-        assert extension is not None
-        grad = self.param if self.grad is None else self.grad
-        param, *states = self.stored
-        return Watched(
-            grad=self.grad,
-            grad_type=Tensor if self.grad is None else type(self.grad),
-            state=self.state or None,
-            rule=extension.rule_index(rule.name, " ".join(self.names)),
-            operands=[
-                describe(param.a, param.packing, param.b),
-                describe(grad),
-                *(describe(state.a, state.packing, state.b) for state in states),
-            ],
-            states=[self.state[key] for form in self.forms for key in form.keys],
-            version=self.param._version if self.is_watched else None,
-            step=self.state.get("step"),
-            fresh=self.fresh,
-            part=part,
-            scalars_here=scalars_here,
-        )
-
-    def target(self, rule: Rule, scalars_here: bool) -> Any:
-        """As the Triton kernels take it."""
-        kernels = dispatch.triton_kernels()
-        assert kernels is not None
-        return kernels.Target(
-            grad=self.param if self.grad is None else self.grad,
-            stored=self.stored,
-            gap=rule.gap(self.names),
-            number=self.number,
-            group=self.group,
-            step=None if scalars_here else self.state.get("step"),
-        )
 
 
 class Part:
@@ -204,13 +88,13 @@ class Plan:
             for i in range(len(group["params"]))
         ]
         params = [
-            (place.group_index, place.param, _item(optimizer, place, number, self.settings))
+            (place.group_index, place.param, find(optimizer, place, number, self.settings))
             for number, place in enumerate(places)
         ]
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
         #: Until the first step is made: what the state had for the parameters that lacked some.
-        self.before = _make_states(optimizer, items, self.on_device)
+        self.before = make_states(optimizer, items, self.on_device)
         self.others = [
             item for item in items if item.backend == "reference" and item.grad is not None
         ]
@@ -420,132 +304,3 @@ def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
         "dtype": torch.float64 if double else torch.float32,
         "device": tensors[0].device if tensors else None,
     }
-
-
-@dataclass
-class Place:
-    """Names a parameter in an error message."""
-
-    group: Group
-    group_index: int
-    index: int
-
-    @property
-    def param(self) -> Tensor:
-        param: Tensor = self.group["params"][self.index]
-        return param
-
-    def __str__(self) -> str:
-        names = self.group.get("param_names")
-        name = f" {names[self.index]!r}" if names else ""
-        shape = tuple(self.param.shape)
-        return f"parameter {self.index}{name} of group {self.group_index}, of shape {shape},"
-
-
-def _item(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -> Item | None:
-    """What can be updated of a parameter; None where nothing is to be done in this step, nor known
-    of a later one, because there is neither a gradient nor a state."""
-    rule, param, grad = optimizer.rule, place.param, place.param.grad
-    names = settings[place.group_index][0]
-    state = optimizer.state.get(param, {})
-    if grad is not None:
-        dispatch.check(param, grad, place)
-        dispatch.check_step(state.get("step", 0.0), place)
-    try:
-        forms = precision.kept(rule, place.group, param, names)
-    except ValueError as error:
-        if grad is None:
-            return None
-        raise ValueError(f"{place} {error}") from None
-    if grad is None:
-        known = state and dispatch.fits(param, param, tuple(param.shape))
-        if not known or not precision.are_there(param, state, forms):
-            return None
-    else:
-        precision.check(param, state, rule, forms, place)
-    tensors = [state[key] for form in forms for key in form.keys if state.get(key) is not None]
-    try:
-        grads = [] if grad is None else [grad]
-        backend = dispatch.backend_for([param, *grads, *tensors], optimizer.backend, place)
-    except RuntimeError:
-        if grad is None:  # time enough when there is a gradient
-            return None
-        raise
-    return Item(place.group_index, number, param, grad, backend, state, forms)
-
-
-def _make_states(
-    optimizer: Optimizer, items: list[Item], on_device: bool
-) -> list[tuple[Tensor, dict[str, Any] | None]]:
-    """Gives every item the states that it lacks, and drops remainders that are out of date.
-
-    Returns what there was before: for each parameter that lacked some a copy of its entry in the
-    optimizer's state, None where it had none.
-    """
-    rule, groups = optimizer.rule, optimizer.param_groups
-    # All memory first, so that nothing has changed where there is not enough of it.
-    made = {}
-    for item in items:
-        if item.param in made:
-            continue  # a parameter that stands twice gets its states once
-        step_on = item.param.device if on_device and item.backend == "triton" else None
-        new = new_states(rule, groups[item.group], item.param, item.state, item.forms, step_on)
-        if new.new and capturing(item.param.device):
-            raise RuntimeError(
-                "the states of a parameter would be made within a CUDA graph, and made again at "
-                "each replay: make one step before the capture"
-            )
-        made[item.param] = new
-    state = optimizer.state
-    before = [
-        (param, dict(state[param]) if param in state else None)
-        for param, new in made.items()
-        if new.new or new.obsolete
-    ]
-    for item in items:
-        if item.param in made:
-            new = made.pop(item.param)
-            if new.new:
-                item.state = state.setdefault(item.param, {})
-                item.state.update(new.new)
-                item.fresh = new.fresh
-            for key in new.obsolete:
-                del item.state[key]
-        item.state = state.get(item.param, item.state)
-        if item.is_watched:
-            version = item.param._version
-            if optimizer._versions.get(item.param, version) != version:
-                item.state["param_remainder"].zero_()
-            optimizer._versions[item.param] = version
-    return before
-
-
-def new_states(
-    rule: Rule,
-    group: Group,
-    param: Tensor,
-    state: dict[str, Any],
-    forms: list[Kept],
-    step_on: torch.device | None = None,
-) -> precision.Made:
-    """The states in ``forms``, and ``step``, that a parameter's ``state`` lacks.
-
-    Args:
-        step_on: where the step must be, for a rule that has no use for it on the host too.
-    """
-    made = precision.make(rule, group, param, state, forms)
-    if (
-        rule.counts_steps
-        or precision.is_random(forms)
-        or (len(forms) > 1 and (step_on is not None or "step" in state))
-    ):
-        # A rule that does not count makes its first step with the states.
-        first = rule.counts_steps or made.fresh or len(forms) == 1
-        step = state.get("step", 0.0 if first else 1.0)
-        if made.fresh and not rule.counts_steps:
-            step = 0.0
-        device = step_on or torch.device("cpu")
-        # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
-            made.new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
-    return made

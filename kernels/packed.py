@@ -12,12 +12,11 @@ from .dtypes import bits, from_bits, load, store
 from .tables import BLOCK
 
 CODE_BLOCK = tl.constexpr(256)  # elements that share a scale
-MANTISSA = tl.constexpr(5)  # bits of a code
-SHIFT = tl.constexpr(23 - 5)
-HALF = tl.constexpr(1 << 17)  # of a code, in the bits that are dropped
-ONE = tl.constexpr(127 << 5)  # the code of 1.0, were it one
+SIGNED_MANTISSA = tl.constexpr(5)  # bits of a code with a sign
+MANTISSA = tl.constexpr(4)  # of one without
 MIN_SCALE = tl.constexpr(2.0**-120)
 NAN = tl.constexpr(0x7FC00000)  # the bits of one
+ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 
 
 @triton.jit
@@ -36,8 +35,8 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def level(code):
-    return from_bits((code.to(tl.uint32) + ONE) << SHIFT) - 1.0
+def level(code, MANTISSA: tl.constexpr):
+    return from_bits((code.to(tl.uint32) << (23 - MANTISSA)) + ONE) - 1.0
 
 
 @triton.jit
@@ -78,8 +77,11 @@ def unpack(
         scales = scales_at(begin)
         known = None if left is None else scales * CODE_BLOCK < left
         scale = load(b, scales, known, tl.float32, COMPUTE, False)
-        magnitude = code if PACKING == "unsigned_codes" else code & 0x7F
-        x = in_code_blocks(level(magnitude)) * tl.expand_dims(scale, 1)
+        if PACKING == "unsigned_codes":
+            x = level(code, MANTISSA)
+        else:
+            x = level(code & 0x7F, SIGNED_MANTISSA)
+        x = in_code_blocks(x) * tl.expand_dims(scale, 1)
         x = tl.reshape(x, (BLOCK,))
         if PACKING == "codes":
             x = from_bits(bits(x) | (code & 0x80) << 24)
@@ -116,22 +118,25 @@ def pack(
         magnitude = bits(x) & 0x7FFFFFFF
         if mask is not None:
             magnitude = tl.where(mask, magnitude, 0)
+        BITS: tl.constexpr = MANTISSA if PACKING == "unsigned_codes" else SIGNED_MANTISSA
         MAX_CODE: tl.constexpr = 255 if PACKING == "unsigned_codes" else 127
         largest = tl.max(in_code_blocks(magnitude.to(tl.int32, bitcast=True)), 1)
-        scale = tl.div_rn(from_bits(largest), level(tl.full((), MAX_CODE, tl.uint32)))
+        scale = tl.div_rn(from_bits(largest), level(tl.full((), MAX_CODE, tl.uint32), BITS))
         scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
+        scale = tl.where(largest >= 0x7F800000, from_bits(tl.full((), NAN, tl.uint32)), scale)
         scales = scales_at(begin)
         known = None if left is None else scales * CODE_BLOCK < left
         store(b, scales, known, scale, tl.float32, False)
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         z = in_code_blocks(from_bits(magnitude)) * tl.expand_dims(inverse, 1) + 1.0
         z = tl.reshape(z, (BLOCK,))
+        # By 16 bits the largest z, with its rounding errors, stays within the largest code.
         if PACKING == "unsigned_codes":
-            # 15 bits: the largest z, with its rounding errors, must stay within the largest code.
-            dither = (random_bits(key, at) >> 1) << (SHIFT - 15)
+            dither = random_bits(key, at)
         else:
-            dither = HALF
-        code = (((bits(z) + dither) >> SHIFT) - ONE) & MAX_CODE
+            dither = tl.full((BLOCK,), 0x8000, tl.uint32)
+        dither = dither << (7 - BITS)
+        code = ((bits(z) + dither - ONE) >> (23 - BITS)) & MAX_CODE
         code = tl.maximum(code, 1) if PACKING == "unsigned_codes" else code | sign
         store(a, at, mask, code.to(tl.uint8), tl.uint8, ALIGNED)
     else:

@@ -1,10 +1,22 @@
 """What several test files share."""
 
+import pytest
 import torch
 
 import fastopt
+from fastopt import dispatch
 
 BACKENDS = ["cpp", "reference"]
+#: For tests that need Triton's interpreter.
+interpreted = pytest.mark.skipif(
+    not dispatch.backends()["triton"].available or not dispatch.triton_kernels().INTERPRETED,
+    reason="the kernels are not interpreted",
+)
+#: It computes lanes that are masked out, on zeros.
+masked_out = [
+    pytest.mark.filterwarnings(f"ignore:{what} encountered:RuntimeWarning")
+    for what in ("divide by zero", "invalid value", "overflow")
+]
 CASES = [(cls, variant) for cls in fastopt.OPTIMIZERS for variant in cls.variants]
 
 

@@ -5,24 +5,23 @@ from copy import deepcopy
 
 import pytest
 import torch
-from helpers import BACKENDS, CASES, assert_same_bits, new_params, set_grads
+from helpers import (
+    BACKENDS,
+    CASES,
+    assert_same_bits,
+    interpreted,
+    masked_out,
+    new_params,
+    set_grads,
+)
 from test_triton import NoReads
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 from fastopt import dispatch, scalars
 
-pytestmark = [
-    # Lanes that are masked out hold zeros.
-    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = masked_out
 
-interpreted = pytest.mark.skipif(
-    not dispatch.backends()["triton"].available or not dispatch.triton_kernels().INTERPRETED,
-    reason="the kernels are not interpreted",
-)
 #: The host knows the norm, and skips.
 CPU = [{"backend": name, "capturable": flag} for name in BACKENDS for flag in (False, True)]
 HOST = {"backend": "triton", "capturable": False}

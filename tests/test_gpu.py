@@ -13,6 +13,7 @@ import os
 import pytest
 import torch
 from helpers import CASES, assert_near_torch, torch_class
+from test_precision import MODES, usable
 
 import fastopt
 from fastopt import reference
@@ -93,10 +94,10 @@ def results(optimizer):
     """Parameters and their states, then the norm."""
     found = []
     for group in optimizer.param_groups:
-        names = optimizer.rule.states(group) + ("step",) * optimizer.rule.counts_steps
         for param in group["params"]:
-            state = optimizer.state.get(param, {})
-            found += [param.detach(), *(state[name] for name in names if name in state)]
+            state = sorted(optimizer.state.get(param, {}).items())
+            counts = optimizer.rule.counts_steps
+            found += [param.detach(), *(v for name, v in state if name != "step" or counts)]
     return found + [norm for norm in [optimizer.grad_norm] if norm is not None]
 
 
@@ -124,6 +125,50 @@ def test_bits(cls, variant, flags, dtype):
         return train(cls(params, lr=0.01, backend=backend, **variant, **flags))
 
     assert_same_bits_on_both(run)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), MODES, ids=str)
+@pytest.mark.parametrize("flags", [{}, {"weight_decay": 0.1, "max_norm": 0.5}], ids=str)
+@each_case
+def test_precision_modes(cls, variant, flags, dtype, mode):
+    if not usable(cls, mode):
+        pytest.skip("Adagrad has no 8-bit states")
+
+    def run(device, backend):
+        params = make_params(device, dtypes=(dtype,))
+        optimizer = cls(params, lr=0.01, seed=7, backend=backend, **variant, **flags, **mode)
+        return [*train(optimizer), *optimizer.master_params()]
+
+    assert_same_bits_on_both(run)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), MODES, ids=str)
+def test_precision_modes_in_a_graph(dtype, mode):
+    """A replayed step rounds with the random numbers of its own number."""
+
+    def run(captured):
+        params = make_params(GPU, dtypes=(dtype,))
+        grads = make_grads(params, 1)
+        assign_grads(params, grads)
+        optimizer = fastopt.AdamW(params, lr=0.01, capturable=True, **mode)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            for _ in range(3):
+                graph.replay()
+        else:
+            for _ in range(3):
+                optimizer.step()
+        torch.cuda.synchronize()
+        return results(optimizer)
+
+    assert_bits(run(True), run(False))
 
 
 @each_dtype

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 from fastopt import dispatch, reference
-from fastopt.plan import describe
+from fastopt.items import describe
 
 ORDERS = [1, 2, 3.5, 0.5, math.inf, "inf"]
 SHAPES = [(), (0,), (5,), (1024,), (1025,), (333, 77), (100_000,), (3, 0)]

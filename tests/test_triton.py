@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import CASES, assert_same_bits, new_params, set_grads
+from helpers import CASES, assert_same_bits, interpreted, masked_out, new_params, set_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bits import FLAGS, layouts, special_values, strided
@@ -17,16 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastopt
 from fastopt import dispatch, plan, scalars
 
-pytestmark = [
-    pytest.mark.skipif(
-        not dispatch.backends()["triton"].available or not dispatch.triton_kernels().INTERPRETED,
-        reason="the kernels are not interpreted",
-    ),
-    # Lanes that are masked out hold zeros.
-    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = [interpreted, *masked_out]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # 0-dim, empty (last too), one element, a block of 1024 elements and a tail.
