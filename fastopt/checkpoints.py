@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, precision
+from .items import Place
 from .reference import arithmetic_dtype
 from .rules import Group
 
@@ -94,7 +95,7 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
             state = optimizer.state.get(param)
             if not state:
                 continue
-            where = f"parameter {i} of group {g}, of shape {tuple(param.shape)},"
+            where = Place(group, g, i)
             if param.is_meta:
                 dispatch.check_dense(param, where)
             for name, value in state.items():

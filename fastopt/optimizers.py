@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
-from .items import new_states
+from .items import Place, new_states
 from .plan import Plan
 from .rules import RULES, Group, Rule
 from .scalars import Rows
@@ -184,10 +184,17 @@ class Optimizer(torch.optim.Optimizer):
         Yields:
             fp32 tensors: the masters of 16-bit parameters, or what those without a master are;
             fp32 and fp64 parameters themselves, detached. Not to be written.
+
+        Raises:
+            ValueError: a precision mode does not fit a parameter's dtype.
         """
-        for group in self.param_groups:
-            for param in group["params"]:
-                yield precision.master(group, param, self.state.get(param, {}))
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                try:
+                    master = precision.master(group, param, self.state.get(param, {}))
+                except ValueError as error:
+                    raise ValueError(f"{Place(group, g, i)} {error}") from None
+                yield master
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
@@ -320,9 +327,16 @@ class Adagrad(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for param in group["params"]:
+        for i, param in enumerate(group["params"]):
             if param.is_floating_point() and param not in self.state:
-                forms = precision.kept(self.rule, group, param, self.rule.states(group))
+                try:
+                    forms = precision.kept(self.rule, group, param, self.rule.states(group))
+                except ValueError as error:
+                    place = Place(group, len(self.param_groups) - 1, i)
+                    for added in group["params"][:i]:
+                        self.state.pop(added, None)
+                    self.param_groups.pop()
+                    raise ValueError(f"{place} {error}") from None
                 self.state[param] = new_states(self.rule, group, param, {}, forms).new
 
     def share_memory(self) -> None:

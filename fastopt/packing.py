@@ -53,7 +53,9 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
     A remainder of 16 bits cannot tell the two ties of an even number apart, which
     ``x.bfloat16()`` rounds to that number both. The results differ for 1 in 131,072 numbers.
     """
-    return bfloat16_from_bits(torch.where(x.isnan(), NAN, bits(x) + 0x8000) >> 16)
+    # Not by >>, which DTensor takes for an in-place operator and leaves out.
+    rounded = torch.where(x.isnan(), NAN, bits(x) + 0x8000).bitwise_right_shift(16)
+    return bfloat16_from_bits(rounded)
 
 
 def _unpack_remainder(param: Tensor, remainder: Tensor) -> Tensor:

@@ -301,12 +301,12 @@ def _is_there(form: Kept, state: State) -> bool:
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
-    """Whether the entries are as kernels need them: second arrays, and codes, in the order of the
-    parameter's elements in memory."""
+    """Whether the entries are as kernels need them: of their dtypes; second arrays, and codes, in
+    the order of the parameter's elements in memory."""
     if not _is_there(form, state):
         return False
     if form.packing is None:
-        return True
+        return form.a is None or state[form.a].dtype == arithmetic_dtype(param)
     packing = PACKINGS[form.packing]
     if form.a is not None and state[form.a].dtype != packing.a:
         return False
