@@ -83,6 +83,8 @@ class Optimizer(torch.optim.Optimizer):
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         #: What `Tensor._version` was after the last step, where no plan remembers.
         self._versions: dict[Tensor, int] = {}
+        #: Of which groups ``state_dtype`` was `torch.bfloat16` in the last step.
+        self._in_bfloat16: dict[int, bool] = {}
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -160,12 +162,13 @@ class Optimizer(torch.optim.Optimizer):
 
         # Registered only now, to run after the user's hooks.
         handle = self.register_load_state_dict_pre_hook(prepare)
-        before = self.state, self.param_groups, self._plan, self._versions
+        names = ("state", "param_groups", "_plan", "_versions", "_in_bfloat16")
+        before = {name: getattr(self, name) for name in names}
         try:
             super().load_state_dict(state_dict)
             checkpoints.convert(self, saved, lossy)
         except BaseException:
-            self.state, self.param_groups, self._plan, self._versions = before
+            vars(self).update(before)
             raise
         finally:
             handle.remove()
@@ -204,6 +207,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
+        self._in_bfloat16 = {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -226,6 +226,17 @@ def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
     return made
 
 
+def widened(param: Tensor, state: State, forms: list[Kept]) -> State:
+    """The states among ``forms`` that are plain numbers, in the type of the arithmetic.
+
+    States are else left in whatever dtype they are found in.
+    """
+    names = [form.a for form in forms if form.packing is None and form.a is not None]
+    dtype = arithmetic_dtype(param)
+    found = {name: state[name] for name in names if state.get(name) is not None}
+    return {name: value.to(dtype) for name, value in found.items() if value.dtype != dtype}
+
+
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
     """Whether ``form`` cannot have the master that is in ``state``, whatever the parameter is now.
 
@@ -301,12 +312,12 @@ def _is_there(form: Kept, state: State) -> bool:
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
-    """Whether the entries are as kernels need them: of their dtypes; second arrays, and codes, in
-    the order of the parameter's elements in memory."""
+    """Whether the entries are as kernels need them: second arrays, and codes, in the order of the
+    parameter's elements in memory."""
     if not _is_there(form, state):
         return False
     if form.packing is None:
-        return form.a is None or state[form.a].dtype == arithmetic_dtype(param)
+        return True
     packing = PACKINGS[form.packing]
     if form.a is not None and state[form.a].dtype != packing.a:
         return False
