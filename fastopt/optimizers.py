@@ -137,6 +137,14 @@ class Optimizer(torch.optim.Optimizer):
             _check_settings(self.rule, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint`
+        refuses to gather state dicts that hold a dtype."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["state_dtype"] = str(group["state_dtype"])
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
