@@ -223,7 +223,7 @@ def test_any_strides_and_alignment(tensors, case, flags, dtype, threads):
 
 
 def test_states_of_any_dtype():
-    """fp32 parameters with bf16 states: torch's fused kernels raise. Here they become fp32, which is
+    """fp32 parameters with bf16 states: torch raises. Here they become fp32, which is
     what `state_dtype` asks for."""
 
     def updated(backend):
