@@ -52,6 +52,7 @@ class Optimizer(torch.optim.Optimizer):
         state_dtype: how the states are kept: `torch.float32` (fp64 for fp64 parameters);
             `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
             ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, not for Adagrad.
+            What is there in another form is converted by the next step.
         seed: of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on it, on the
             step, on the parameter's place in the optimizer and on nothing else.
         backend: "auto", "triton", "cpp" or "reference"; "auto" follows the environment variable
