@@ -221,11 +221,8 @@ def make_states(
             for key in new.obsolete:
                 del item.state[key]
         item.state = state.get(item.param, item.state)
-        if item.is_watched:
-            version = item.param._version
-            if optimizer._versions.get(item.param, version) != version:
-                item.state["param_remainder"].zero_()
-            optimizer._versions[item.param] = version
+    optimizer._drop_remainders()
+    optimizer._versions = {item.param: item.param._version for item in items if item.is_watched}
     return before
 
 

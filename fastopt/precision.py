@@ -126,10 +126,10 @@ def check_settings(rule: Rule, group: Group) -> None:
         raise ValueError(
             f"Invalid state_dtype: {state_dtype!r} (one of {', '.join(map(repr, STATE_DTYPES))})"
         )
-    if state_dtype == "8bit" and not rule.takes_8bit:
+    if reason := rule.unfit(group, state_dtype):
         raise ValueError(
-            f"state_dtype='8bit' is not for {rule.name}: its sum of squares only grows, by less "
-            "and less, and 8 bits are too few for it; use torch.bfloat16 or torch.float32"
+            f"state_dtype={state_dtype!r} is not for {rule.name}: {reason}, which needs more "
+            "precision; use torch.float32"
         )
     seed = group["seed"]
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -366,7 +366,7 @@ def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _middle(like: Tensor) -> Tensor:
     """In place of random bits: what makes stochastic rounding round to nearest."""
-    return torch.full_like(like, 0x8000, dtype=torch.int64)
+    return torch.full_like(like, 0x80008000, dtype=torch.int64)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
