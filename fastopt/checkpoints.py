@@ -108,13 +108,15 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
                 forms = precision.kept(optimizer.rule, group, param, names)
             except ValueError as error:
                 raise ValueError(f"{where} {error}") from None
+            for key in precision.superseded(optimizer.rule, param, state, forms):
+                state.pop(key, None)
             precision.check(param, state, optimizer.rule, forms, where)
             made = precision.convert(optimizer.rule, param, state, forms)
             if made.lost and "state_dtype" in saved and not lossy:
                 raise ValueError(
                     f"{where} would lose precision of its {' and '.join(made.lost)}, saved with "
                     f"master_weights={saved['master_weights']!r} and "
-                    f"state_dtype={saved['state_dtype']!r}: use these settings, with a "
+                    f"state_dtype={str(saved['state_dtype'])!r}: use these settings, with a "
                     "model of the dtype and layout that it had, or pass lossy=True"
                 )
             state.update(made.new)

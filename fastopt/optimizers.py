@@ -201,9 +201,16 @@ class Optimizer(torch.optim.Optimizer):
                 yield master
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; remainders of parameters that were written since the last step are 0."""
+        """As in torch; remainders of parameters that were written since the last step are 0.
+
+        The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint` refuses to gather
+        state dicts that hold a dtype.
+        """
         self._drop_remainders()
-        return super().state_dict()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["state_dtype"] = str(group["state_dtype"])
+        return state_dict
 
     def _drop_remainders(self) -> None:
         """Sets those to 0 that belong to what parameters were before somebody else wrote them."""

@@ -160,6 +160,12 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
             if _is_there(each, state):
                 for key, (shape, dtypes) in _specs(each, param).items():
                     dispatch.check_state(param, key, state[key], shape, dtypes, where)
+                    if dispatch.is_wrapper(param) and not dispatch.is_wrapper(state[key]):
+                        raise RuntimeError(
+                            f"{where} is a {type(param).__name__} and its state {key!r} a plain "
+                            "tensor: load a state dict that was saved from such a model, with "
+                            "these precision modes"
+                        )
 
 
 def are_there(param: Tensor, state: State, forms: list[Kept]) -> bool:
@@ -224,6 +230,20 @@ def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
             if not _same(form.stored(param, new).unpack(dtype), numbers.unpack(dtype)):
                 made.lost.append(form.numbers)
     return made
+
+
+def superseded(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> list[str]:
+    """The keys of those ``forms`` whose numbers are in a loaded ``state`` in another form too.
+
+    `torch.distributed.checkpoint` with ``full_state_dict=True`` adds what it loads to the states
+    that it has made the optimizer begin with.
+    """
+    return [
+        key
+        for form in forms
+        if any(_is_there(other, state) for other in _other_forms(rule, form, param))
+        for key in form.keys
+    ]
 
 
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:

@@ -451,6 +451,19 @@ def test_wrapped_in_modes_that_need_memory(kind, setting, value, mesh):
 
 
 @each_wrapper
+def test_wrapped_with_plain_states(kind, mesh):
+    """As when a checkpoint of a model that is not sharded is loaded into one that is."""
+    wrap, _ = wrappers(mesh)[kind]
+    for master in ("split", "fp32", None):
+        plain = make(new_params([(7, 5)], BF16), master)
+        take_steps(plain, range(2))
+        optimizer = make([torch.nn.Parameter(wrap(new_params([(7, 5)], BF16)[0].detach()))])
+        with pytest.raises(RuntimeError, match=f"of shape .* is a {kind} and its state .* a plain"):
+            optimizer.load_state_dict(plain.state_dict())
+        assert not optimizer.state
+
+
+@each_wrapper
 def test_wrapped_and_written(kind, mesh):
     """What is written wins, by its bits: there is nothing to watch."""
     wrap, parts = wrappers(mesh)[kind]
