@@ -42,7 +42,7 @@ def packed(packing: str, nearest: bool, x: Tensor, step: int) -> Tensor:
 
     def random(like: Tensor) -> Tensor:
         if nearest:
-            return torch.full_like(like, 0x8000, dtype=torch.int64)
+            return torch.full_like(like, 0x80008000, dtype=torch.int64)
         return random_bits(0, step, 0, like)
 
     stored = Stored(

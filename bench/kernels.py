@@ -209,13 +209,18 @@ def variants() -> list[tuple[str, tuple[str, ...]]]:
     return list(dict.fromkeys(found))
 
 
+def is_fit(rule: str, states: tuple[str, ...]) -> bool:
+    """For states of 8 bits."""
+    return not RULES[rule].unfit({"centered": "grad_avg" in states}, "8bit")
+
+
 def cases() -> list[Case]:
     orders = (1, 2, float("inf"))
     found: list[Case] = [
         *(
             Update(rule, states, storage if states else storage[:2])
             for (rule, states), storage in product(variants(), STORAGE)
-            if storage[2] != "8bit" or (states and RULES[rule].takes_8bit)
+            if storage[2] not in ("8bit", "bf16~") or (states and is_fit(rule, states))
         ),
         *(Update("assign", (), (dtype, dtype)) for dtype in DTYPES),
         *(ReduceChunks(dtype, order) for dtype, order in product(DTYPES, orders)),

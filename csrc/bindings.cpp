@@ -94,7 +94,7 @@ PYBIND11_MODULE(_C, m) {
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
       .def("scalars_of", &Plan::scalars_of)
-      .def("written_params", &Plan::written_params)
+      .def("active_params", &Plan::active_params)
       .def("versions", &Plan::versions)
       .def("sum_of_squares", &Plan::sum_of_squares)
       .def("release", &Plan::release)

@@ -40,7 +40,7 @@ FASTOPT_INLINE typename L::U nearest_bfloat16(typename L::F x) {
 }
 
 // What belongs to the elements from the i-th on, one for each lane of L: `get` makes the numbers,
-// `put` what is to be stored of them in the upper bits of `a`, and in `b`, with 16 random bits.
+// `put` what is to be stored of them in the upper bits of `a`, and in `b`, with 32 random bits.
 template <Packing>
 struct Packed;
 
@@ -109,7 +109,7 @@ struct Packed<Packing::stochastic> {
   template <class L>
   static FASTOPT_INLINE void put(typename L::F x, typename L::U random, typename L::U& a,
                                  typename L::U&) {
-    a = x != x ? L::fill(kNaN) : L::bits(x) + random;
+    a = x != x ? L::fill(kNaN) : L::bits(x) + (random >> 16);
   }
 };
 
@@ -117,11 +117,12 @@ struct Packed<Packing::stochastic> {
 // after the point: evenly spaced near 0, then in octaves, each with the relative precision of
 // kMantissa bits. The scale makes the largest of a block the largest code.
 //
-// Squares have four times the octaves of what has a sign, twice the decades. They are rounded
-// stochastically: a moving average moves by less than half a code in most steps, and would never
-// move at all. They do not
-// become code 0, so that they do not decode to 0: a denominator of eps alone would make a step of
-// any size. Code 0 is what new states are filled with.
+// Rounded stochastically: a moving average moves by less than half a code in many steps, and would
+// never move at all, not even to 0 after the last gradient.
+//
+// Squares have four times the octaves of what has a sign, twice the decades. They do not become
+// code 0, so that they do not decode to 0: a denominator of eps alone would make a step of any size.
+// Code 0 is what new states are filled with.
 template <bool is_signed>
 struct Codes {
   static constexpr int kMantissa = is_signed ? 5 : 4;
@@ -154,9 +155,10 @@ struct Codes {
   static FASTOPT_INLINE typename L::U put(typename L::F x, typename L::U random, float inverse) {
     const typename L::U bits = L::bits(x);
     const typename L::F z = L::floats(bits & ~kSign) * inverse + 1.0f;
-    // By 16 bits the largest z, with its rounding errors, stays within the largest code.
+    // Both moments round by bits of their own. The last one of 16 is left out where the largest z,
+    // with its rounding errors, might get beyond the largest code.
     const typename L::U dither =
-        is_signed ? L::fill(1u << (kShift - 1)) : random << (kShift - 16);
+        (is_signed ? random & 0xfffe : random >> 16) << (kShift - 16);
     const typename L::U code = (L::bits(z) + (dither - kOne)) << (24 - kShift);
     if constexpr (is_signed)
       return (code & (kMaxCode << 24)) | (bits & kSign);

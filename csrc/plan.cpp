@@ -154,17 +154,14 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
   for (py::handle group : groups_) group_params_.emplace_back(group["params"]);
   entries_of(state_, state_entries_);
 
-  std::unordered_map<PyObject*, std::vector<size_t>> seen;
+  std::unordered_map<PyObject*, int16_t> seen;
   for (py::handle handle : items) {
     const auto [group, param, details] =
         handle.cast<std::tuple<int, py::object, std::optional<py::object>>>();
     Item item{};
     item.group = group;
     item.param = keep(param);
-    std::vector<size_t>& places = seen[item.param];
-    item.repeat = static_cast<int16_t>(places.size());
-    places.push_back(items_.size());
-    item.first = places.front();
+    item.repeat = seen[item.param]++;
     item.updated = details.has_value();
     Tensor tensor;
     if (details) {
@@ -291,7 +288,7 @@ bool Plan::item_holds(size_t i) {
       !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
     return false;
   item.shape_seen = tensor.shape;
-  return is_unwritten(item);
+  return true;
 }
 
 namespace {
@@ -307,8 +304,7 @@ int64_t version_of(PyObject* param) {
 
 // Whether nobody else has written a parameter that must not be, for all that its version tells.
 bool Plan::is_unwritten(const Item& item) const {
-  const std::optional<int64_t>& version = items_[item.first].version;
-  return !version || *version == version_of(item.param);
+  return !item.version || *item.version == version_of(item.param);
 }
 
 py::list Plan::versions() const {
@@ -319,11 +315,6 @@ py::list Plan::versions() const {
   return versions;
 }
 
-py::list Plan::written_params() {
-  for (const Item& item : items_)
-    if (item.has_grad && items_[item.first].version) ++*items_[item.first].version;
-  return active_params_;
-}
 
 // Whether the states' memory is where it was. No Python object is touched, so the threads share the
 // wait for memory; they are awake then for the passes that follow.
@@ -376,7 +367,8 @@ bool Plan::refresh(int threads) {
   if (!read_tensor || !groups_hold() || !state_holds() || !states_hold(threads)) return false;
   for (size_t i = 0; i < items_.size(); ++i) {
     if (i + kAhead < items_.size()) prefetch(items_[i + kAhead]);
-    if (!find_grad(i) || (items_[i].has_grad && !item_holds(i))) return false;
+    if (!find_grad(i) || (items_[i].has_grad && !item_holds(i)) || !is_unwritten(items_[i]))
+      return false;
   }
   if (!schedule_) schedule();
   return true;
@@ -454,6 +446,9 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
     if (items_[i].step) *items_[i].step += 1;
     items_[i].fresh = false;
   }
+  // Of all, because parameters may share a version. `refresh` has seen that nobody else wrote them.
+  for (Item& item : items_)
+    if (item.version) item.version = version_of(item.param);
 }
 
 }  // namespace fastopt

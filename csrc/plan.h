@@ -75,8 +75,8 @@ class Plan {
   py::bytes grads(int part) const;
   py::bytes scalars_of(int part) const;
 
-  // The parameters that have a gradient, whose versions the caller is about to increment.
-  py::list written_params();
+  // The parameters that have a gradient.
+  py::list active_params() const { return active_params_; }
 
   // For each parameter whose states are out of date once somebody else writes it: (parameter, the
   // version that it had after the last step).
@@ -87,7 +87,8 @@ class Plan {
   // Drops the gradients of a step that is not made.
   void release() { grads_.clear(); }
 
-  // Updates those of part 0, and counts the steps of all cohorts. scalars has a row for each.
+  // Updates those of part 0, and counts the steps of all cohorts. scalars has a row for each. All
+  // parts' parameters have been written, and their versions incremented.
   void update(const std::vector<std::vector<double>>& scalars, int threads);
 
  private:
@@ -116,7 +117,6 @@ class Plan {
     DType dtype, grad_dtype;
     int16_t repeat;  // how often the parameter stands earlier in the groups
     int group;
-    size_t first;  // the item where the parameter stands for the first time
     std::optional<int64_t> version;  // there, if it is watched
     float* step;
     bool maybe_negated;  // its gradient may be a lazily negated view

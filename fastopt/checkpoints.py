@@ -127,6 +127,9 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
 def for_torch(optimizer: Optimizer) -> dict[str, Any]:
     """A state dict with every state as plain numbers, and without master weights."""
     state_dict = optimizer.state_dict()
+    for group in state_dict["param_groups"]:
+        for key in _KEPT:  # they do not hold any more, should it come back
+            del group[key]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
     for index, (param, group) in enumerate(zip(params, groups, strict=True)):

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ._C import Description
     from .optimizers import Optimizer
 
-BF16 = torch.bfloat16
-
 
 def describe(tensor: Tensor, packing: str | None = None, b: Tensor | None = None) -> Description:
     """What the C++ backend needs to know of a tensor, or of the arrays of a `Stored`."""
@@ -201,8 +199,6 @@ def make_states(
             continue  # a parameter that stands twice gets its states once
         step_on = item.param.device if on_device and item.backend == "triton" else None
         new = new_states(rule, groups[item.group], item.param, item.state, item.forms, step_on)
-        if optimizer._in_bfloat16.get(item.group) and groups[item.group]["state_dtype"] != BF16:
-            new.new.update(precision.widened(item.param, item.state, item.forms))
         if new.new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
@@ -225,12 +221,8 @@ def make_states(
             for key in new.obsolete:
                 del item.state[key]
         item.state = state.get(item.param, item.state)
-        if item.is_watched:
-            version = item.param._version
-            if optimizer._versions.get(item.param, version) != version:
-                item.state["param_remainder"].zero_()
-            optimizer._versions[item.param] = version
-    optimizer._in_bfloat16 = {g: group["state_dtype"] == BF16 for g, group in enumerate(groups)}
+    optimizer._drop_remainders()
+    optimizer._versions = {item.param: item.param._version for item in items if item.is_watched}
     return before
 
 

@@ -51,7 +51,9 @@ class Optimizer(torch.optim.Optimizer):
             master, bf16 parameters are rounded to nearest, ties away from zero.
         state_dtype: how the states are kept: `torch.float32` (fp64 for fp64 parameters);
             `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
-            ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, not for Adagrad.
+            ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, for numbers
+            down to a thousandth of the largest of these. Not for Adagrad, and neither of both for a
+            centered RMSprop. What is there in another form is converted by the next step.
         seed: of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on it, on the
             step, on the parameter's place in the optimizer and on nothing else.
         backend: "auto", "triton", "cpp" or "reference"; "auto" follows the environment variable
@@ -83,8 +85,6 @@ class Optimizer(torch.optim.Optimizer):
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         #: What `Tensor._version` was after the last step, where no plan remembers.
         self._versions: dict[Tensor, int] = {}
-        #: Of which groups ``state_dtype`` was `torch.bfloat16` in the last step.
-        self._in_bfloat16: dict[int, bool] = {}
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -137,22 +137,15 @@ class Optimizer(torch.optim.Optimizer):
             _check_settings(self.rule, {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch. The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint`
-        refuses to gather state dicts that hold a dtype."""
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group["state_dtype"] = str(group["state_dtype"])
-        return state_dict
-
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
         copies them, so that the optimizer shares no memory with ``state_dict``. ``master_weights``
         and ``state_dtype`` remain what they are; what the state dict has in another form is
-        converted, masters by the next step. So the model may be loaded before or after this. A
-        state dict of torch is rounded as it has to be.
+        converted, masters by the next step. So the model may be loaded before or after this; but
+        before it, where its parameters had 16 bits and have 32 now. A state dict of torch is
+        rounded as it has to be.
 
         Args:
             lossy: convert also what cannot be converted exactly.
@@ -170,13 +163,12 @@ class Optimizer(torch.optim.Optimizer):
 
         # Registered only now, to run after the user's hooks.
         handle = self.register_load_state_dict_pre_hook(prepare)
-        names = ("state", "param_groups", "_plan", "_versions", "_in_bfloat16")
-        before = {name: getattr(self, name) for name in names}
+        before = self.state, self.param_groups, self._plan, self._versions
         try:
             super().load_state_dict(state_dict)
             checkpoints.convert(self, saved, lossy)
         except BaseException:
-            vars(self).update(before)
+            self.state, self.param_groups, self._plan, self._versions = before
             raise
         finally:
             handle.remove()
@@ -199,6 +191,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a precision mode does not fit a parameter's dtype.
         """
+        self._drop_remainders()
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 try:
@@ -207,7 +200,29 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"{Place(group, g, i)} {error}") from None
                 yield master
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; remainders of parameters that were written since the last step are 0.
+
+        The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint` refuses to gather
+        state dicts that hold a dtype.
+        """
+        self._drop_remainders()
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            group["state_dtype"] = str(group["state_dtype"])
+        return state_dict
+
+    def _drop_remainders(self) -> None:
+        """Sets those to 0 that belong to what parameters were before somebody else wrote them."""
+        if self._plan is not None:
+            self._versions.update(self._plan.versions())
+        for param, version in self._versions.items():
+            remainder = self.state.get(param, {}).get("param_remainder")
+            if remainder is not None and param._version != version:
+                remainder.zero_()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._drop_remainders()
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -215,7 +230,6 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
-        self._in_bfloat16 = {}
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

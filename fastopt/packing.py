@@ -91,7 +91,8 @@ def _unpack_stochastic(param: Tensor, nothing: None) -> Tensor:
 
 def _pack_stochastic(x: Tensor, random: Random) -> tuple[Tensor, None]:
     """Rounds up with a probability that is the dropped part: unbiased."""
-    return bfloat16_from_bits(torch.where(x.isnan(), NAN, bits(x) + random(x)) >> 16), None
+    rounded = torch.where(x.isnan(), NAN, bits(x) + (random(x) >> 16))
+    return bfloat16_from_bits(rounded >> 16), None
 
 
 def _level(codes: Tensor, mantissa: int) -> Tensor:
@@ -121,21 +122,23 @@ def _pack_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
     A code c stands for (z - 1) * scale, where z is the c-th number from 1 on whose mantissa has
     SIGNED_MANTISSA bits: evenly spaced near 0, then in octaves, each with the relative precision of
     so many bits. The scale makes the largest of a block the largest code.
+
+    Rounded stochastically: a moving average moves by less than half a code in many steps, and would
+    never move at all, not even to 0 after the last gradient.
     """
-    half = torch.full_like(x, 0x8000, dtype=torch.int64)
-    codes, scale = _pack_levels(x, 127, SIGNED_MANTISSA, half)
+    # Both moments round by bits of their own. The last one of 16 is left out where the largest z,
+    # with its rounding errors, might get beyond the largest code.
+    codes, scale = _pack_levels(x, 127, SIGNED_MANTISSA, random(x) & 0xFFFE)
     return torch.where(x.signbit(), codes | 0x80, codes), scale
 
 
 def _pack_unsigned_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
     """The same of squares, with MANTISSA bits: four times the octaves, so twice the decades.
 
-    They are rounded stochastically: a moving average moves by less than half a code in most steps,
-    and would never move at all. They do not become code 0, so that they do not decode to 0: a
-    denominator of eps alone would make a step of any size. Code 0 is what new states are filled
-    with.
+    They do not become code 0, so that they do not decode to 0: a denominator of eps alone would
+    make a step of any size. Code 0 is what new states are filled with.
     """
-    codes, scale = _pack_levels(x, 255, MANTISSA, random(x))
+    codes, scale = _pack_levels(x, 255, MANTISSA, random(x) >> 16)
     return codes.clamp(min=1), scale
 
 
@@ -151,7 +154,6 @@ def _pack_levels(x: Tensor, max_code: int, mantissa: int, random: Tensor) -> tup
     inverse = torch.empty_like(x)
     in_memory_order(inverse).copy_((1 / scale).repeat_interleave(CODE_BLOCK)[: x.numel()])
     z = x * inverse + 1
-    # By 16 bits the largest z, with its rounding errors, stays within the largest code.
     dither = random << (7 - mantissa)
     return (bits(z) + dither - ONE) >> (23 - mantissa) & max_code, scale
 
@@ -204,7 +206,7 @@ PACKINGS = {
     "stochastic": Packing(
         torch.bfloat16, None, _unpack_stochastic, _pack_stochastic, is_random=True
     ),
-    "codes": Packing(torch.uint8, torch.float32, _unpack_codes, _pack_codes),
+    "codes": Packing(torch.uint8, torch.float32, _unpack_codes, _pack_codes, is_random=True),
     "unsigned_codes": Packing(
         torch.uint8, torch.float32, _unpack_unsigned_codes, _pack_unsigned_codes, is_random=True
     ),
@@ -245,7 +247,7 @@ class Stored:
 
 
 def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:
-    """16 random bits for each element of a tensor, as int64 of its shape.
+    """32 random bits for each element of a tensor, as int64 of its shape.
 
     A function of nothing but its arguments and of the element's place in memory order: in each
     chunk a Weyl sequence that starts at a key, and one round of shift and multiply.
@@ -259,7 +261,7 @@ def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:
     x = torch.arange(n, device=like.device) % CHUNK * 0x9E3779B1 + key & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x2C1B3C6D & 0xFFFFFFFF
     result = torch.empty_like(like, dtype=torch.int64)
-    in_memory_order(result).copy_(x >> 16)
+    in_memory_order(result).copy_(x)
     return result
 
 

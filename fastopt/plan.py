@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch, precision, reference
 from .devices import capturing, moved
 from .items import Item, Place, find, make_states
 from .scalars import Rows
@@ -82,6 +82,8 @@ class Plan:
         self.on_device = rows.on_device
         # All that may raise comes before the states are made: they would pass for old ones later.
         rows.check()
+        for group in self.groups:
+            precision.check_settings(self.rule, group)
         places = [
             Place(group, g, i)
             for g, group in enumerate(optimizer.param_groups)
@@ -204,7 +206,7 @@ class Plan:
                 optimizer.grad_norm = of_part
         if self.native is not None:
             # Autograd does not see writes through an address.
-            torch.autograd.graph.increment_version(self.native.written_params())
+            torch.autograd.graph.increment_version(self.native.active_params())
         if self.on_host:
             self._run_on_host(optimizer, rows, cohorts, norm)
         else:
@@ -292,7 +294,7 @@ class Plan:
 def _settings(optimizer: Optimizer) -> list[Any]:
     """What decides on the states of each param group."""
     return [
-        (optimizer.rule.states(group), group["master_weights"], group["state_dtype"])
+        (optimizer.rule.states(group), *map(group.get, ("master_weights", "state_dtype", "seed")))
         for group in optimizer.param_groups
     ]
 

@@ -126,10 +126,10 @@ def check_settings(rule: Rule, group: Group) -> None:
         raise ValueError(
             f"Invalid state_dtype: {state_dtype!r} (one of {', '.join(map(repr, STATE_DTYPES))})"
         )
-    if state_dtype == "8bit" and not rule.takes_8bit:
+    if reason := rule.unfit(group, state_dtype):
         raise ValueError(
-            f"state_dtype='8bit' is not for {rule.name}: its sum of squares only grows, by less "
-            "and less, and 8 bits are too few for it; use torch.bfloat16 or torch.float32"
+            f"state_dtype={state_dtype!r} is not for {rule.name}: {reason}, which needs more "
+            "precision; use torch.float32"
         )
     seed = group["seed"]
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -246,17 +246,6 @@ def superseded(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> li
     ]
 
 
-def widened(param: Tensor, state: State, forms: list[Kept]) -> State:
-    """The states among ``forms`` that are plain numbers, in the type of the arithmetic.
-
-    States are else left in whatever dtype they are found in.
-    """
-    names = [form.a for form in forms if form.packing is None and form.a is not None]
-    dtype = arithmetic_dtype(param)
-    found = {name: state[name] for name in names if state.get(name) is not None}
-    return {name: value.to(dtype) for name, value in found.items() if value.dtype != dtype}
-
-
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
     """Whether ``form`` cannot have the master that is in ``state``, whatever the parameter is now.
 
@@ -332,12 +321,12 @@ def _is_there(form: Kept, state: State) -> bool:
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
-    """Whether the entries are as kernels need them: second arrays, and codes, in the order of the
-    parameter's elements in memory."""
+    """Whether the entries are as kernels need them: of their dtypes; second arrays, and codes, in
+    the order of the parameter's elements in memory."""
     if not _is_there(form, state):
         return False
     if form.packing is None:
-        return True
+        return form.a is None or state[form.a].dtype == arithmetic_dtype(param)
     packing = PACKINGS[form.packing]
     if form.a is not None and state[form.a].dtype != packing.a:
         return False
@@ -397,7 +386,7 @@ def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _middle(like: Tensor) -> Tensor:
     """In place of random bits: what makes stochastic rounding round to nearest."""
-    return torch.full_like(like, 0x8000, dtype=torch.int64)
+    return torch.full_like(like, 0x80008000, dtype=torch.int64)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -114,7 +115,7 @@ class Rule:
             step that creates the states and 2 ever after.
         initial: what the states are filled with at first.
         non_negative: the names of the states that are never negative.
-        takes_8bit: whether 8 bits are enough for its states.
+        unfit: why the states of a param group cannot have a ``state_dtype``; "" where they can.
     """
 
     update: reference.Rule
@@ -124,7 +125,7 @@ class Rule:
     counts_steps: bool = True
     initial: Callable[[Group], float] = lambda group: 0.0
     non_negative: tuple[str, ...] = ()
-    takes_8bit: bool = True
+    unfit: Callable[[Group, Any], str] = lambda group, state_dtype: ""
 
     @property
     def name(self) -> str:
@@ -198,7 +199,9 @@ RULES: dict[str, Rule] = {
             lambda group: ("sum",),
             initial=lambda group: float(group["initial_accumulator_value"]),
             non_negative=("sum",),
-            takes_8bit=False,
+            unfit=lambda group, state_dtype: (
+                "its sum only grows, by less and less" if state_dtype == "8bit" else ""
+            ),
         ),
         Rule(
             reference.rmsprop,
@@ -208,6 +211,11 @@ RULES: dict[str, Rule] = {
                 ("square_avg", "grad_avg") if group["centered"] else ("square_avg",), group
             ),
             non_negative=("square_avg",),
+            unfit=lambda group, state_dtype: (
+                "centered, it takes the difference of two states"
+                if group["centered"] and state_dtype != torch.float32
+                else ""
+            ),
         ),
         Rule(
             reference.adam,

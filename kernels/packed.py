@@ -111,7 +111,7 @@ def pack(
         store(a, at, mask, rounded(x, DTYPE), tl.uint16, ALIGNED)
         store(b, at, mask, x, tl.float32, ALIGNED)
     elif PACKING == "stochastic":
-        up = tl.where(x != x, NAN, bits(x) + random_bits(key, at))
+        up = tl.where(x != x, NAN, bits(x) + (random_bits(key, at) >> 16))
         store(a, at, mask, (up >> 16).to(tl.uint16), tl.uint16, ALIGNED)
     elif PACKING == "codes" or PACKING == "unsigned_codes":
         sign = (bits(x) >> 24) & 0x80
@@ -130,11 +130,10 @@ def pack(
         inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
         z = in_code_blocks(from_bits(magnitude)) * tl.expand_dims(inverse, 1) + 1.0
         z = tl.reshape(z, (BLOCK,))
-        # By 16 bits the largest z, with its rounding errors, stays within the largest code.
-        if PACKING == "unsigned_codes":
-            dither = random_bits(key, at)
-        else:
-            dither = tl.full((BLOCK,), 0x8000, tl.uint32)
+        # Both moments round by bits of their own. The last one of 16 is left out where the largest
+        # z, with its rounding errors, might get beyond the largest code.
+        dither = random_bits(key, at)
+        dither = dither >> 16 if PACKING == "unsigned_codes" else dither & 0xFFFE
         dither = dither << (7 - BITS)
         code = ((bits(z) + dither - ONE) >> (23 - BITS)) & MAX_CODE
         code = tl.maximum(code, 1) if PACKING == "unsigned_codes" else code | sign
@@ -158,8 +157,8 @@ def random_key(seed, step, param, chunk):
 
 @triton.jit
 def random_bits(key, at):
-    """16 bits for each of the elements `at` of a chunk: a Weyl sequence that starts at the key, and
+    """32 bits for each of the elements `at` of a chunk: a Weyl sequence that starts at the key, and
     one round of shift and multiply."""
     x = at.to(tl.uint32) * 0x9E3779B1 + key
     x = (x ^ (x >> 16)) * 0x2C1B3C6D
-    return x >> 16
+    return x

@@ -22,6 +22,7 @@ from helpers import (
     take_steps,
     torch_class,
 )
+from test_precision import usable
 
 import fastopt
 
@@ -255,8 +256,8 @@ def test_from_mode_to_mode(dtype, source, target):
 @pytest.mark.parametrize("source", [("split", BF16), (None, "8bit")], ids=str)
 def test_other_rules_from_mode_to_mode(cls, variant, source):
     """There and back: exactly into masters and fp32 states, and with a loss back into 8 bits."""
-    if cls is fastopt.Adagrad and source[1] == "8bit":
-        pytest.skip("has no 8-bit states")
+    if not usable(cls, variant, {"state_dtype": source[1]}):
+        pytest.skip("the rule needs more precision")
     optimizer = trained(BF16, *source, cls, **variant)
     wide = make(clones(parameters(optimizer)), "fp32", FP32, cls, **variant)
     wide.load_state_dict(optimizer.state_dict())
@@ -366,7 +367,7 @@ def test_from_torch(cls, variant, dtype):
     params = take_steps(theirs, range(3))
     saved = through_file(theirs.state_dict())
     for master, states in MODES[dtype]:
-        if states == "8bit" and not cls.rule.takes_8bit:
+        if not usable(cls, variant, {"state_dtype": states}):
             continue
         ours = make(clones(params), master, states, cls, **variant)
         ours.load_state_dict(saved)
@@ -397,7 +398,7 @@ def test_from_torch(cls, variant, dtype):
 def test_to_torch_and_back(cls, variant, dtype):
     """torch's load casts the states, and what it does not know, to the parameter's dtype."""
     for master, states in MODES[dtype]:
-        if states == "8bit" and not cls.rule.takes_8bit:
+        if not usable(cls, variant, {"state_dtype": states}):
             continue
         ours = trained(dtype, master, states, cls, **variant)
         params = parameters(ours)

@@ -45,8 +45,9 @@ each_case = pytest.mark.parametrize(("cls", "variant"), CASES, ids=str)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def usable(cls, mode):
-    return mode["state_dtype"] != "8bit" or cls.rule.takes_8bit
+def usable(cls, variant, mode):
+    group = {**cls([torch.ones(1)]).defaults, **variant}
+    return not cls.rule.unfit(group, mode["state_dtype"])
 
 
 def finish(optimizer):
@@ -67,8 +68,8 @@ def train(cls, dtype, backend, shapes=SHAPES, steps=3, **flags):
 @each_mode
 @each_case
 def test_same_bits_as_reference(cls, variant, dtype, mode):
-    if not usable(cls, mode):
-        pytest.skip("Adagrad has no 8-bit states")
+    if not usable(cls, variant, mode):
+        pytest.skip("the rule needs more precision")
     flags = {**variant, **mode, "weight_decay": 0.1, "max_norm": 0.5}
     wanted = train(cls, dtype, "reference", **flags)
     assert_same_bits(train(cls, dtype, "cpp", **flags), wanted)
@@ -96,7 +97,8 @@ def test_same_bits_in_triton(dtype, mode):
 @each_case
 def test_every_rule_in_triton(cls, variant, capturable):
     """In the mode of the fewest bytes; where the device counts, the random numbers go by that."""
-    state_dtype = "8bit" if cls.rule.takes_8bit else torch.bfloat16
+    dtypes = ("8bit", torch.bfloat16, torch.float32)
+    state_dtype = next(d for d in dtypes if usable(cls, variant, {"state_dtype": d}))
     flags = {"master_weights": "stochastic", "state_dtype": state_dtype, "steps": 2, **variant}
     flags |= {"shapes": [(33, 5), (1100,)]}
     found = train(cls, torch.bfloat16, "triton", capturable=capturable, **flags)
@@ -112,7 +114,7 @@ def test_every_rule_in_triton(cls, variant, capturable):
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(layouts(), min_size=1, max_size=3),
-    st.sampled_from([case for case in CASES if case[0].rule.takes_8bit]),
+    st.sampled_from([case for case in CASES if usable(*case, {"state_dtype": "8bit"})]),
     st.sampled_from(MODES),
     st.integers(1, 3),
 )
@@ -274,6 +276,82 @@ def test_a_small_second_moment_explodes_nothing():
         assert (param - before).abs().max() <= 1.01  # Adam's bound for steady gradients
 
 
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("cls", [fastopt.AdamW, fastopt.SGD, fastopt.RMSprop])
+def test_nothing_moves_after_the_last_gradient(cls, state_dtype):
+    """Of an element in a block where another one still has gradients, so that the scale stays."""
+    param = torch.nn.Parameter(torch.zeros(CODE_BLOCK))
+    flags = {"weight_decay": 0.0} if cls is fastopt.AdamW else {"momentum": 0.9}
+    optimizer = cls([param], lr=1e-3, state_dtype=state_dtype, **flags)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1000):
+        param.grad = torch.zeros(CODE_BLOCK)
+        param.grad[0] = torch.randn((), generator=generator)
+        if step < 50:
+            param.grad[1:] = 1.0
+        if step == 300:  # fp32 momentum is 1e-12 of what it was
+            before = param.detach().clone()
+        optimizer.step()
+    # Rounded to nearest, 8-bit moments would stay, and move AdamW's parameters by 0.1.
+    assert (param - before)[1:].abs().max() <= 0.01
+
+
+def test_parameters_that_share_a_version_counter():
+    """Views and what was detached from them: a step for one counts for all."""
+    flat = torch.ones(600, dtype=torch.bfloat16)
+    together = [torch.nn.Parameter(part) for part in flat.chunk(2)]
+    alone = [torch.nn.Parameter(part.detach().clone()) for part in flat.chunk(2)]
+    optimizers = [fastopt.AdamW(params, lr=1e-4) for params in (together, alone)]
+    for optimizer in optimizers:
+        take_steps(optimizer, range(10))
+    assert_same_bits(*(optimizer.master_params() for optimizer in optimizers))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("triton", marks=interpreted)])
+def test_masters_of_strided_parameters(backend):
+    """Of steps below a bf16 ulp, so that a lost remainder would show."""
+    bases = [torch.ones(20, 30, dtype=torch.bfloat16) for _ in range(2)]
+    params = [torch.nn.Parameter(base[:, ::2]) for base in bases]
+    optimizer = fastopt.AdamW(params, lr=1e-4, weight_decay=0, backend=backend)
+    for _ in range(6):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for master in optimizer.master_params():
+        # 6 roundings to fp32.
+        torch.testing.assert_close(master, torch.full_like(master, 1 - 6e-4), rtol=0, atol=6e-7)
+
+
+def test_settings_that_become_none():
+    (param,) = new_params([(3,)], torch.bfloat16)
+    optimizer = fastopt.AdamW([param])
+    take_steps(optimizer, range(2))
+    for name, value in (("master_weights", "bf16"), ("state_dtype", torch.float16), ("seed", -1)):
+        good = optimizer.param_groups[0][name]
+        optimizer.param_groups[0][name] = value
+        before = finish(optimizer)
+        with pytest.raises(ValueError, match=f"Invalid {name}"):
+            optimizer.step()
+        assert_same_bits(finish(optimizer) if name != "master_weights" else before, before)
+        optimizer.param_groups[0][name] = good
+    take_steps(optimizer, [2])
+
+
+def test_what_was_written_since_the_last_step_is_saved():
+    """Without the remainder of what was there before."""
+    (param,) = new_params([(300,)], torch.bfloat16)
+    optimizer = fastopt.AdamW([param], lr=1e-3)
+    take_steps(optimizer, range(3))
+    with torch.no_grad():
+        param.clamp_(-0.5, 0.5)
+    assert_same_bits(optimizer.master_params(), [param.detach().float()])
+    copy = torch.nn.Parameter(param.detach().clone())
+    other = fastopt.AdamW([copy], lr=1e-3)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_bits(take_steps(optimizer, range(3, 6)), take_steps(other, range(3, 6)))
+    assert_same_bits(optimizer.master_params(), other.master_params())
+
+
 def test_seeds():
     def after(seed, param_order=(0, 1), steps=range(3), **flags):
         params = new_params([(300,), (300,)], torch.bfloat16)
@@ -397,7 +475,12 @@ def test_modes_that_do_not_fit_a_parameter(backend, flags, dtype, message):
         (fastopt.AdamW, {"seed": -1}, "Invalid seed: -1"),
         (fastopt.AdamW, {"seed": 1.5}, "Invalid seed: 1.5"),
         (fastopt.AdamW, {"seed": 2**32}, "Invalid seed"),
-        (fastopt.Adagrad, {"state_dtype": "8bit"}, "'8bit' is not for adagrad: .*use torch.bfl"),
+        (fastopt.Adagrad, {"state_dtype": "8bit"}, "'8bit' is not for adagrad: .*use torch.float"),
+        (
+            fastopt.RMSprop,
+            {"state_dtype": torch.bfloat16, "centered": True},
+            "bfloat16 is not for rmsprop: centered, .*use torch.float",
+        ),
     ],
     ids=str,
 )

@@ -38,7 +38,7 @@ MODES = [
 OPTIMIZERS = [
     (fastopt.AdamW, {"lr": 3e-3, "amsgrad": True, "weight_decay": 0.1}),
     (fastopt.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
-    (fastopt.RMSprop, {"lr": 1e-3, "centered": True, "momentum": 0.9}),
+    (fastopt.RMSprop, {"lr": 1e-3, "momentum": 0.9}),
     (fastopt.Adam, {"lr": 3e-3, "max_norm": 1.0}),
     (fastopt.SGD, {"lr": 1e-2, "max_norm": 1.0}),
 ]
