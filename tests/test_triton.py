@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt import dispatch, plan, scalars
+from fastopt import dispatch, items, plan, scalars
 
 pytestmark = [interpreted, *masked_out]
 
@@ -495,7 +495,7 @@ def test_other_devices(monkeypatch):
     """They are updated by the reference, and that is said once."""
     dispatch._warn_once.cache_clear()
     tensor = SimpleNamespace(device=torch.device("mps"), is_neg=lambda: False)
-    monkeypatch.setattr(dispatch, "_is_wrapper", lambda tensor: False)
+    monkeypatch.setattr(dispatch, "is_wrapper", lambda tensor: False)
     cuda = SimpleNamespace(device=torch.device("cuda:1"), is_neg=lambda: False)
     with pytest.warns(UserWarning, match="cuda parameters .* because TRITON_INTERPRET=1 is set"):
         assert dispatch.backend_for([cuda], "auto", "a parameter") == "reference"
@@ -559,7 +559,7 @@ def capture(monkeypatch):
     """Turns on and off that launches become part of a graph; its replays are left to GPU tests."""
 
     def switch(on):
-        for module in (plan, dispatch.triton_kernels()):
+        for module in (items, plan, dispatch.triton_kernels()):
             monkeypatch.setattr(module, "capturing", lambda device: on)
 
     return switch
