@@ -20,7 +20,7 @@ py::list rules(std::index_sequence<R...>) {
 // Tensors that are measured, or scaled and clamped in place.
 class Targets {
  public:
-  // items: what fastopt.plan.describe makes.
+  // items: what fastopt.items.describe makes.
   explicit Targets(const py::list& items) {
     for (py::handle item : items) add(Description(py::cast<py::tuple>(item)));
   }

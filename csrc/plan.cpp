@@ -315,7 +315,6 @@ py::list Plan::versions() const {
   return versions;
 }
 
-
 // Whether the states' memory is where it was. No Python object is touched, so the threads share the
 // wait for memory; they are awake then for the passes that follow.
 bool Plan::states_hold(int threads) const {
@@ -335,7 +334,6 @@ void Plan::prefetch(const Item& item) const {
   // DLPack's shape points into the tensor itself: the rest of what it reads is around it.
   for (int line = -1; line < 2; ++line) __builtin_prefetch(item.shape_seen + 8 * line);
 }
-
 
 // Takes the gradient's address; false where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {

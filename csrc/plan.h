@@ -52,7 +52,7 @@ class Plan {
   using Cohort = std::pair<int, double>;
 
   // groups and state are the optimizer's own. Each item stands for a parameter, in the order of the
-  // groups: (group index, parameter, a Watched of fastopt/plan.py or None). None is for a parameter
+  // groups: (group index, parameter, a Watched of fastopt/items.py or None). None is for a parameter
   // that this plan does not watch, because it has neither gradient nor states or belongs to the
   // reference backend.
   Plan(py::list groups, py::dict state, const py::list& items);

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 # Part of what an optimizer is, not of what it has learnt.
 _KEPT = ("master_weights", "state_dtype")
 
-_DTYPES = {"param_remainder": torch.int16, "master_param": torch.float32}
-
 
 class _Saved:
     """A tensor of a state dict, out of the reach of torch's casts."""
@@ -63,7 +61,7 @@ def restore(optimizer: Optimizer) -> None:
             if not isinstance(value, _Saved):
                 continue
             tensor = value.tensor
-            if tensor.dtype != _DTYPES.get(name, tensor.dtype):
+            if tensor.dtype != precision.MASTER_DTYPES.get(name, tensor.dtype):
                 del state[name]  # torch has cast it, which leaves no sense in it
                 continue
             if group is None or tensor.is_meta:  # not a parameter's, or of no use to it
@@ -104,10 +102,7 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
                         f"{where} has a state {name!r} on the meta device, without data: load a "
                         "state dict with data"
                     )
-            try:
-                forms = precision.kept(optimizer.rule, group, param, names)
-            except ValueError as error:
-                raise ValueError(f"{where} {error}") from None
+            forms = precision.kept(optimizer.rule, group, param, names, where)
             for key in precision.superseded(optimizer.rule, param, state, forms):
                 state.pop(key, None)
             precision.check(param, state, optimizer.rule, forms, where)

@@ -161,11 +161,11 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
         dispatch.check(param, grad, place)
         dispatch.check_step(state.get("step", 0.0), place)
     try:
-        forms = precision.kept(rule, place.group, param, names)
-    except ValueError as error:
-        if grad is None:
+        forms = precision.kept(rule, place.group, param, names, place)
+    except ValueError:
+        if grad is None:  # time enough when there is a gradient
             return None
-        raise ValueError(f"{place} {error}") from None
+        raise
     if grad is None:
         known = state and dispatch.fits(param, param, tuple(param.shape))
         if not known or not precision.are_there(param, state, forms):
@@ -177,7 +177,7 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
         grads = [] if grad is None else [grad]
         backend = dispatch.backend_for([param, *grads, *tensors], optimizer.backend, place)
     except RuntimeError:
-        if grad is None:  # time enough when there is a gradient
+        if grad is None:
             return None
         raise
     return Item(place.group_index, number, param, grad, backend, state, forms)

@@ -194,11 +194,8 @@ class Optimizer(torch.optim.Optimizer):
         self._drop_remainders()
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                try:
-                    master = precision.master(group, param, self.state.get(param, {}))
-                except ValueError as error:
-                    raise ValueError(f"{Place(group, g, i)} {error}") from None
-                yield master
+                state = self.state.get(param, {})
+                yield precision.master(group, param, state, Place(group, g, i))
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; remainders of parameters that were written since the last step are 0.
@@ -352,18 +349,19 @@ class Adagrad(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for i, param in enumerate(group["params"]):
+        group, g = self.param_groups[-1], len(self.param_groups) - 1
+        names = self.rule.states(group)
+        try:
+            forms = [
+                precision.kept(self.rule, group, param, names, Place(group, g, i))
+                for i, param in enumerate(group["params"])
+            ]
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for param, kept in zip(group["params"], forms, strict=True):
             if param.is_floating_point() and param not in self.state:
-                try:
-                    forms = precision.kept(self.rule, group, param, self.rule.states(group))
-                except ValueError as error:
-                    place = Place(group, len(self.param_groups) - 1, i)
-                    for added in group["params"][:i]:
-                        self.state.pop(added, None)
-                    self.param_groups.pop()
-                    raise ValueError(f"{place} {error}") from None
-                self.state[param] = new_states(self.rule, group, param, {}, forms).new
+                self.state[param] = new_states(self.rule, group, param, {}, kept).new
 
     def share_memory(self) -> None:
         """Moves the states to shared memory, for training by several processes."""

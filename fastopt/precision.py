@@ -57,17 +57,28 @@ _MASTERS: dict[torch.dtype, tuple[Kept, ...]] = {
 _ANY_MASTER = _MASTERS[torch.bfloat16]
 _MASTER_KEYS = [key for form in _ANY_MASTER for key in form.keys]
 
+#: By the key in a parameter's state.
+MASTER_DTYPES = {
+    key: PACKINGS[form.packing].b for form in _ANY_MASTER if form.packing for key in form.keys
+}
 
-def kept(rule: Rule, group: Group, param: Tensor, names: tuple[str, ...]) -> list[Kept]:
+
+def kept(
+    rule: Rule, group: Group, param: Tensor, names: tuple[str, ...], where: object
+) -> list[Kept]:
     """How a group keeps a parameter and its states called ``names``, in this order.
+
+    Args:
+        where: names the parameter when formatted.
 
     Raises:
         ValueError: a setting does not fit the parameter's dtype.
     """
-    return [_param_kept(group, param), *(_state_kept(rule, group, param, name) for name in names)]
+    states = (_state_kept(rule, group, param, name, where) for name in names)
+    return [_param_kept(group, param, where), *states]
 
 
-def _param_kept(group: Group, param: Tensor) -> Kept:
+def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
     mode = group["master_weights"]
     if mode is None or param.dtype not in (torch.bfloat16, torch.float16):
         return _PLAIN
@@ -78,27 +89,29 @@ def _param_kept(group: Group, param: Tensor) -> Kept:
         return _MASTERS[param.dtype][-1]
     if half:
         raise ValueError(
-            f"is torch.float16, which master_weights={mode!r} is not for: use 'auto', 'fp32' or "
-            "None, or a bfloat16 model"
+            f"{where} is torch.float16, which master_weights={mode!r} is not for: use 'auto', "
+            "'fp32' or None, or a bfloat16 model"
         )
     if dispatch.is_wrapper(param):
         raise ValueError(
-            f"is a {type(param).__name__}, for which master_weights={mode!r} does not work: use "
-            "'auto', 'fp32' or None"
+            f"{where} is a {type(param).__name__}, for which master_weights={mode!r} does not "
+            "work: use 'auto', 'fp32' or None"
         )
     return _SPLIT if mode == "split" else Kept("", "stochastic", None, None)
 
 
-def _state_kept(rule: Rule, group: Group, param: Tensor, name: str) -> Kept:
+def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: object) -> Kept:
     wanted = group["state_dtype"]
     if wanted == torch.float32:  # or, in fact, the dtype of the arithmetic
         return Kept(name, None, name, None)
     if param.dtype == torch.float64:
-        raise ValueError(f"is torch.float64, and so must be its states: not state_dtype={wanted!r}")
+        raise ValueError(
+            f"{where} is torch.float64, and so must be its states: not state_dtype={wanted!r}"
+        )
     if dispatch.is_wrapper(param):
         raise ValueError(
-            f"is a {type(param).__name__}, for which state_dtype={wanted!r} does not work: use "
-            "torch.float32"
+            f"{where} is a {type(param).__name__}, for which state_dtype={wanted!r} does not "
+            "work: use torch.float32"
         )
     if wanted == torch.bfloat16:
         return Kept(name, "stochastic", name, None)
@@ -271,9 +284,13 @@ def plain(rule: Rule, param: Tensor, state: State, names: tuple[str, ...]) -> St
     return {k: v for k, v in {**state, **made.new}.items() if k not in without}
 
 
-def master(group: Group, param: Tensor, state: State) -> Tensor:
-    """What the arithmetic takes for a parameter."""
-    form = _param_kept(group, param)
+def master(group: Group, param: Tensor, state: State, where: object) -> Tensor:
+    """What the arithmetic takes for a parameter.
+
+    Raises:
+        ValueError: as in `kept`.
+    """
+    form = _param_kept(group, param, where)
     if not _is_there(form, state):  # then the next step converts or makes it
         others = _MASTERS.get(param.dtype, ())
         form = next((other for other in others if _is_there(other, state)), _PLAIN)

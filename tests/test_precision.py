@@ -161,13 +161,13 @@ def test_gradients_of_another_dtype(backend, dtype, grad_dtype):
             optimizer.step()
         return next(optimizer.master_params())
 
-    start_is_exact = dtype != torch.float16  # bf16 numbers have more exponents than fp16 has
     wanted = masters(torch.float32, torch.float32)
     found = masters(dtype, grad_dtype)
-    if start_is_exact:
-        assert torch.equal(found, wanted)
-    else:
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    # bf16 numbers have more exponents than fp16 has: a few of these begin elsewhere.
+    (start,) = new_params([(700,)], torch.bfloat16)
+    exact = start.to(dtype) == start
+    assert exact.sum() > 690
+    assert torch.equal(found[exact], wanted[exact])
 
 
 @pytest.mark.parametrize("master_weights", ["split", "fp32"])
@@ -328,12 +328,12 @@ def test_settings_that_become_none():
     take_steps(optimizer, range(2))
     for name, value in (("master_weights", "bf16"), ("state_dtype", torch.float16), ("seed", -1)):
         good = optimizer.param_groups[0][name]
+        before = [x.clone() for x in finish(optimizer)]
         optimizer.param_groups[0][name] = value
-        before = finish(optimizer)
         with pytest.raises(ValueError, match=f"Invalid {name}"):
             optimizer.step()
-        assert_same_bits(finish(optimizer) if name != "master_weights" else before, before)
         optimizer.param_groups[0][name] = good
+        assert_same_bits(finish(optimizer), before)
     take_steps(optimizer, [2])
 
 
