@@ -73,7 +73,14 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
   m.def("rules", [] { return rules(std::make_index_sequence<kRules>()); });
   m.def("rule_index", &rule_index);
-  m.def("use_torch_interfaces", &use_torch_interfaces);
+  using Layout = std::array<uint64_t, sizeof fields / sizeof(uint64_t)>;
+  m.def("use_layout", [](const Layout& layout, uintptr_t make, uintptr_t assign, uintptr_t destroy) {
+    std::memcpy(&fields, layout.data(), sizeof fields);
+    functions = {reinterpret_cast<decltype(functions.make)>(make),
+                 reinterpret_cast<decltype(functions.assign)>(assign),
+                 reinterpret_cast<decltype(functions.destroy)>(destroy)};
+    fields_known = true;
+  });
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : kIsas)
@@ -94,7 +101,6 @@ PYBIND11_MODULE(_C, m) {
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
       .def("scalars_of", &Plan::scalars_of)
-      .def("active_params", &Plan::active_params)
       .def("versions", &Plan::versions)
       .def("sum_of_squares", &Plan::sum_of_squares)
       .def("release", &Plan::release)

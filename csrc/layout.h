@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -16,20 +17,18 @@ class Layout {
   Layout() = default;
 
   // `strides` holds one vector for each tensor, counted in elements like `shape`.
-  Layout(const Sizes& shape, const std::vector<Sizes>& strides) : strides_(strides.size()) {
+  Layout(const Sizes& shape, const std::vector<Sizes>& strides) {
     for (int64_t size : shape) numel_ *= size;
     std::vector<size_t> dims;
     for (size_t d = 0; d < shape.size(); ++d)
       if (shape[d] != 1) dims.push_back(d);
     std::stable_sort(dims.begin(), dims.end(),
                      [&](size_t a, size_t b) { return strides[0][a] > strides[0][b]; });
-    for (size_t d : dims) append(shape[d], d, strides);
-    if (shape_.empty()) {
-      shape_ = {1};
-      for (Sizes& s : strides_) s = {1};
-    }
-    for (size_t t = 0; t < strides_.size(); ++t)
-      if (strides_[t].size() == 1 && strides_[t][0] == 1) contiguous_ |= 1u << t;
+    Dims merged{{}, std::vector<Sizes>(strides.size())};
+    for (size_t d : dims) merged.append(shape[d], d, strides);
+    for (size_t t = 0; t < strides.size(); ++t)
+      if (merged.shape.empty() || merged.strides[t] == Sizes{1}) contiguous_ |= 1u << t;
+    if (contiguous_ + 1 != 1u << strides.size()) dims_ = std::make_shared<Dims>(std::move(merged));
   }
 
   int64_t numel() const { return numel_; }
@@ -39,14 +38,15 @@ class Layout {
   // of a tensor that lies along the innermost dimension.
   template <class F>
   void for_each_run(size_t tensor, int64_t begin, int64_t n, F&& f) const {
-    const Sizes& strides = strides_[tensor];
-    const int64_t inner = shape_.back();
+    if (contiguous(tensor)) return f(begin, int64_t{1}, n);
+    const Sizes &shape = dims_->shape, &strides = dims_->strides[tensor];
+    const int64_t inner = shape.back();
     while (n > 0) {
       int64_t outer = begin / inner;
       const int64_t start = begin % inner;
       int64_t offset = start * strides.back();
-      for (size_t d = shape_.size() - 1; d-- > 0; outer /= shape_[d])
-        offset += outer % shape_[d] * strides[d];
+      for (size_t d = shape.size() - 1; d-- > 0; outer /= shape[d])
+        offset += outer % shape[d] * strides[d];
       const int64_t count = std::min(n, inner - start);
       f(offset, strides.back(), count);
       begin += count;
@@ -55,24 +55,28 @@ class Layout {
   }
 
  private:
-  // Adds a dimension inside the last one, merging the two where every tensor's strides allow.
-  void append(int64_t size, size_t d, const std::vector<Sizes>& strides) {
-    bool mergeable = !shape_.empty();
-    for (size_t t = 0; mergeable && t < strides.size(); ++t)
-      mergeable = strides_[t].back() == strides[t][d] * size;
-    if (mergeable) {
-      shape_.back() *= size;
-      for (size_t t = 0; t < strides.size(); ++t) strides_[t].back() = strides[t][d];
-    } else {
-      shape_.push_back(size);
-      for (size_t t = 0; t < strides.size(); ++t) strides_[t].push_back(strides[t][d]);
+  struct Dims {
+    Sizes shape;
+    std::vector<Sizes> strides;
+
+    // Adds a dimension inside the last one, merging the two where every tensor's strides allow.
+    void append(int64_t size, size_t d, const std::vector<Sizes>& added) {
+      bool mergeable = !shape.empty();
+      for (size_t t = 0; mergeable && t < added.size(); ++t)
+        mergeable = strides[t].back() == added[t][d] * size;
+      if (mergeable) {
+        shape.back() *= size;
+        for (size_t t = 0; t < added.size(); ++t) strides[t].back() = added[t][d];
+      } else {
+        shape.push_back(size);
+        for (size_t t = 0; t < added.size(); ++t) strides[t].push_back(added[t][d]);
+      }
     }
-  }
+  };
 
   int64_t numel_ = 1;
   uint32_t contiguous_ = 0;  // one bit for each tensor
-  Sizes shape_;
-  std::vector<Sizes> strides_;
+  std::shared_ptr<const Dims> dims_;  // null where all tensors are contiguous: the common case is small
 };
 
 }  // namespace fastopt

@@ -1,6 +1,6 @@
 #include "multi_tensor.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 namespace fastopt {
 namespace {
@@ -164,11 +164,12 @@ double reduce_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, Reductio
   return reduce(reduction, DType::float64, buffer, chunk.n, order);
 }
 
-const pid_t loaded_in = getpid();
+bool in_child = false;
+const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
 
 }  // namespace
 
-bool forked() { return getpid() != loaded_in; }
+bool forked() { return in_child; }
 
 Schedule::Schedule(const std::vector<Tensor>& tensors) {
   const std::vector<int> wave = waves_of(tensors);

@@ -12,9 +12,9 @@ namespace fastopt {
 
 struct Operand {
   char* data = nullptr;
+  char* beside = nullptr;  // the second array of the packing, in the order of the walk
   DType dtype = DType::float32;
   std::optional<Packing> packing;
-  char* beside = nullptr;  // the second array of the packing, in the order of the walk
 };
 
 // One parameter with all that a step reads and writes of it.

@@ -8,50 +8,6 @@
 namespace fastopt {
 namespace {
 
-decltype(dlpack::ExchangeAPI::tensor_from_py_object) read_tensor = nullptr;
-int (*get_address)(void* handle, const void** address) = nullptr;
-int (*get_dtype)(void* handle, int32_t* dtype) = nullptr;
-int (*get_dim)(void* handle, int64_t* dim) = nullptr;
-int (*get_sizes)(void* handle, const int64_t** sizes) = nullptr;
-int (*get_strides)(void* handle, const int64_t** strides) = nullptr;
-int (*delete_handle)(void* handle) = nullptr;
-PyObject* handles_of = nullptr;  // lives as long as the process
-
-// Checking an item waits for memory more than it computes, so that of a later one is asked for.
-constexpr size_t kAhead = 8;
-
-// False where the object is no dense tensor of a dtype that DLPack knows.
-bool read(PyObject* object, dlpack::Tensor& out) {
-  if (read_tensor(object, &out) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-// DLPack does not tell. The imaginary part of a lazy conjugate is such a view: of every other number
-// in memory, so that a tensor without gaps can only be one where it has a single element.
-bool is_negated(py::handle tensor) { return tensor.attr("is_neg")().cast<bool>(); }
-
-bool is_a(const dlpack::Tensor& tensor, DType dtype, dlpack::Device device) {
-  const uint8_t code = dtype == DType::bfloat16 ? 4 : 2;
-  return tensor.dtype.code == code && tensor.dtype.lanes == 1 &&
-         tensor.dtype.bits == 8 * kItemSize[static_cast<int>(dtype)] &&
-         tensor.device.type == device.type && tensor.device.id == device.id;
-}
-
-const char* address(const dlpack::Tensor& tensor) {
-  return static_cast<const char*>(tensor.data) + tensor.byte_offset;
-}
-
-// Strides of dimensions of size 1 have no meaning, and torch does not keep them.
-bool same_sizes(const dlpack::Tensor& tensor, int32_t ndim, const int64_t* shape,
-                const int64_t* strides) {
-  if (tensor.ndim != ndim) return false;
-  for (int32_t d = 0; d < ndim; ++d)
-    if (tensor.shape[d] != shape[d] || (shape[d] != 1 && tensor.strides[d] != strides[d]))
-      return false;
-  return true;
-}
-
 template <size_t... R>
 int find_rule(const std::string& name, const std::string& states, std::index_sequence<R...>) {
   int found = -1;
@@ -78,22 +34,19 @@ Description::Description(const py::tuple& description)
   }
 }
 
-Description::Description(py::handle object, const py::tuple& types)
-    : data(nullptr) {
-  dlpack::Tensor tensor;
-  if (!types.contains(py::type::handle_of(object)) || !read_tensor || !read(object.ptr(), tensor))
-    return;
-  constexpr dlpack::Device cpu{dlpack::kCPU, 0};
+Description::Description(py::handle object, const py::tuple& types) : data(nullptr) {
+  if (!fields_known || !types.contains(py::type::handle_of(object))) return;
+  const TorchTensor tensor = TorchTensor::of(object.ptr());
   int found = 0;
-  while (found < kDTypes && !is_a(tensor, static_cast<DType>(found), cpu)) ++found;
-  if (found == kDTypes) return;
+  while (found < kDTypes && tensor.dtype() != kScalarTypes[found]) ++found;
+  if (found == kDTypes || tensor.keys() != fields.plain_keys) return;
   dtype = static_cast<DType>(found);
-  shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  strides.assign(tensor.strides, tensor.strides + tensor.ndim);
+  shape.assign(tensor.sizes(), tensor.sizes() + tensor.dim());
+  strides.assign(tensor.strides(), tensor.strides() + tensor.dim());
   const Layout layout(shape, {strides});
-  if (!layout.contiguous(0) || (layout.numel() == 1 && is_negated(object))) return;
+  if (!layout.contiguous(0)) return;
   static char nothing;
-  data = layout.numel() ? const_cast<char*>(address(tensor)) : &nothing;
+  data = layout.numel() ? tensor.data(kItemSize[found]) : &nothing;
 }
 
 int rule_index(const std::string& name, const std::string& states) {
@@ -109,8 +62,8 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   tensor.n_operands = static_cast<int>(operands.size());
   std::vector<Sizes> strides;
   for (size_t i = 0; i < operands.size(); ++i) {
-    tensor.operands[i] = {operands[i].data, operands[i].dtype, operands[i].packing,
-                          operands[i].beside};
+    tensor.operands[i] = {operands[i].data, operands[i].beside, operands[i].dtype,
+                          operands[i].packing};
     strides.push_back(operands[i].strides);
   }
   const Sizes& shape = operands[0].shape;
@@ -122,24 +75,6 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
     tensor.extent = (last + 1) * kItemSize[static_cast<int>(operands[0].dtype)];
   }
   return tensor;
-}
-
-bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
-                          uintptr_t dtype, uintptr_t dim, uintptr_t sizes, uintptr_t strides,
-                          uintptr_t delete_tensor) {
-  const auto* api = static_cast<const dlpack::ExchangeAPI*>(
-      PyCapsule_GetPointer(exchange_api.ptr(), dlpack::kCapsuleName));
-  if (!api) throw py::error_already_set();
-  if (api->header.major != dlpack::kMajorVersion || !api->tensor_from_py_object) return false;
-  read_tensor = api->tensor_from_py_object;
-  handles_of = handles.release().ptr();
-  get_address = reinterpret_cast<decltype(get_address)>(address);
-  get_dtype = reinterpret_cast<decltype(get_dtype)>(dtype);
-  get_dim = reinterpret_cast<decltype(get_dim)>(dim);
-  get_sizes = reinterpret_cast<decltype(get_sizes)>(sizes);
-  get_strides = reinterpret_cast<decltype(get_strides)>(strides);
-  delete_handle = reinterpret_cast<decltype(delete_handle)>(delete_tensor);
-  return true;
 }
 
 Plan::Plan(py::list groups, py::dict state, const py::list& items)
@@ -162,7 +97,11 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
     item.group = group;
     item.param = keep(param);
     item.repeat = seen[item.param]++;
+    repeats_ |= item.repeat > 0;
     item.updated = details.has_value();
+    item.sizes = sizes_.size();
+    item.entries = entries_.size();
+    item.watched = watched_.size();
     Tensor tensor;
     if (details) {
       const py::object grad = details->attr("grad");
@@ -176,18 +115,22 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       item.part = details->attr("part").cast<int>();
       item.scalars_here = details->attr("scalars_here").cast<bool>();
       item.fresh = details->attr("fresh").cast<bool>();
-      item.version = details->attr("version").cast<std::optional<int64_t>>();
+      if (const py::object version = details->attr("version"); !version.is_none()) {
+        item.has_version = true;
+        item.version = version.cast<int64_t>();
+      }
       if (item.has_grad) grads_.push_back(grad);
-      item.grad_type = reinterpret_cast<PyTypeObject*>(keep(details->attr("grad_type")));
-      dlpack::Tensor now;
-      if (read_tensor && read(item.param, now)) item.device = now.device;
-      item.data = tensor.layout.numel() ? operands[0].data : nullptr;  // else it means nothing
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
-      item.dtype = operands[0].dtype;
-      item.grad_dtype = operands[1].dtype;
-      item.maybe_negated = tensor.layout.numel() == 1 || !tensor.layout.contiguous(1);
-      for (const Sizes* sizes : {&operands[0].shape, &operands[0].strides, &operands[1].strides})
+      item.grad_type = operands[1].dtype;
+      for (const Sizes* sizes : {&operands[0].shape, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
+      if (fields_known) {
+        // Where there is no gradient yet, one like the parameter is expected.
+        const auto like = TorchTensor::of(item.has_grad ? grad.ptr() : item.param);
+        item.grad_keys = like.keys();
+        item.grad_dtype = like.dtype();
+      }
+      watch(param);
       if (!own_state.is_none()) {
         item.state = keep(own_state);
         entries_of(own_state, entries_);
@@ -197,49 +140,21 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         watch(step);
         if (item.scalars_here)
           item.step = reinterpret_cast<float*>(step.attr("data_ptr")().cast<uintptr_t>());
+        if (item.step) item.steps_made = *item.step;
       }
     }
-    item.sizes_end = sizes_.size();
     item.entries_end = entries_.size();
+    item.watched_end = watched_.size();
     items_.push_back(item);
     tensors_.push_back(std::move(tensor));
   }
   schedule();
 }
 
-Plan::~Plan() {
-  for (const Watched& watched : watched_) delete_handle(watched.handle);
-}
-
-// Without torch's interfaces there is nothing to watch with, and `refresh` never lets a plan live.
+// What is not known where to look at is not watched: no plan holds then.
 void Plan::watch(py::handle tensor) {
-  if (!read_tensor) return;
-  const py::list handles = py::handle(handles_of)(py::make_tuple(tensor));
-  Watched watched{PyCapsule_GetPointer(py::object(handles[0]).ptr(), nullptr), nullptr, 0, 0, 0};
-  watched_.push_back(watched);  // first of all, so that the handle is not lost
-  const int64_t *sizes, *strides;
-  if (get_address(watched.handle, &watched.data) || get_dtype(watched.handle, &watched.dtype) ||
-      get_dim(watched.handle, &watched.dim) || get_sizes(watched.handle, &sizes) ||
-      get_strides(watched.handle, &strides))
-    throw std::runtime_error("torch cannot tell where a tensor is");
-  watched.sizes = watched_sizes_.size();
-  watched_sizes_.insert(watched_sizes_.end(), sizes, sizes + watched.dim);
-  watched_sizes_.insert(watched_sizes_.end(), strides, strides + watched.dim);
-  watched_.back() = watched;
-}
-
-bool Plan::stays(const Watched& watched) const {
-  const void* data;
-  const int64_t *sizes, *strides;
-  const int64_t* wanted = watched_sizes_.data() + watched.sizes;
-  int32_t dtype;
-  int64_t dim;
-  return !get_address(watched.handle, &data) && data == watched.data &&
-         !get_dtype(watched.handle, &dtype) && dtype == watched.dtype &&
-         !get_dim(watched.handle, &dim) && dim == watched.dim &&
-         !get_sizes(watched.handle, &sizes) && std::equal(sizes, sizes + dim, wanted) &&
-         !get_strides(watched.handle, &strides) &&
-         std::equal(strides, strides + dim, wanted + dim);
+  if (!fields_known) return;
+  watched_.push_back({tensor.ptr(), TorchTensor::of(tensor.ptr()).fingerprint()});
 }
 
 bool Plan::groups_hold() const {
@@ -258,132 +173,151 @@ bool Plan::groups_hold() const {
 
 namespace {
 
+// Every change of a dict gives it another tag. Python 3.14 and later have none: 0 is no tag.
+uint64_t tag_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030e0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+// Whether a dict has these entries; tag is its tag when it was last seen to have them.
 template <class Entry>
-bool dict_holds(PyObject* dict, const Entry* begin, const Entry* end) {
-  if (!PyDict_Check(dict) || PyDict_GET_SIZE(dict) != end - begin) return false;
+bool dict_holds(PyObject* dict, uint64_t& tag, const Entry* begin, const Entry* end) {
+  if (!PyDict_Check(dict)) return false;
+  const uint64_t now = tag_of(dict);
+  if (tag && now == tag) return true;
+  if (PyDict_GET_SIZE(dict) != end - begin) return false;
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (; PyDict_Next(dict, &position, &key, &value); ++begin)
     if (key != begin->key || value != begin->value) return false;
+  tag = now;
   return true;
+}
+
+int64_t version_of(PyObject* param) {
+  if (fields_known) return *TorchTensor::of(param).version();
+  return py::handle(param).attr("_version").cast<int64_t>();
 }
 
 }  // namespace
 
-bool Plan::state_holds() const {
-  return dict_holds(state_.ptr(), state_entries_.data(),
+bool Plan::state_holds() {
+  return dict_holds(state_.ptr(), state_tag_, state_entries_.data(),
                     state_entries_.data() + state_entries_.size());
 }
 
-// Whether parameter and states are where they were.
-bool Plan::item_holds(size_t i) {
-  Item& item = items_[i];
-  if (item.state && !dict_holds(item.state, entries_.data() + (i ? items_[i - 1].entries_end : 0),
-                                entries_.data() + item.entries_end))
-    return false;
-  dlpack::Tensor tensor;
-  const int64_t* shape = &sizes_[item.sizes_end - 3 * item.ndim];
-  if (!read(item.param, tensor) || !is_a(tensor, item.dtype, item.device) ||
-      (item.data && address(tensor) != item.data) ||
-      !same_sizes(tensor, item.ndim, shape, shape + item.ndim))
-    return false;
-  item.shape_seen = tensor.shape;
-  return true;
-}
-
-namespace {
-
-int64_t version_of(PyObject* param) {
-  static PyObject* const version_name = PyUnicode_InternFromString("_version");
-  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, version_name));
-  if (!version) throw py::error_already_set();
-  return version.cast<int64_t>();
-}
-
-}  // namespace
-
-// Whether nobody else has written a parameter that must not be, for all that its version tells.
-bool Plan::is_unwritten(const Item& item) const {
-  return !item.version || *item.version == version_of(item.param);
+// Whether parameter and states are where they were, and nobody has written what must not be.
+bool Plan::item_holds(Item& item) {
+  for (size_t w = item.watched; w < item.watched_end; ++w) {
+    const Watched& watched = watched_[w];
+    if (TorchTensor::of(watched.tensor).fingerprint() != watched.fingerprint) return false;
+  }
+  return !item.state || dict_holds(item.state, item.state_tag, entries_.data() + item.entries,
+                                   entries_.data() + item.entries_end);
 }
 
 py::list Plan::versions() const {
   py::list versions;
   for (const Item& item : items_)
-    if (item.version && item.repeat == 0)
-      versions.append(py::make_tuple(py::handle(item.param), *item.version));
+    if (item.has_version && item.repeat == 0)
+      versions.append(py::make_tuple(py::handle(item.param), item.version));
   return versions;
-}
-
-// Whether the states' memory is where it was. No Python object is touched, so the threads share the
-// wait for memory; they are awake then for the passes that follow.
-bool Plan::states_hold(int threads) const {
-  py::gil_scoped_release release;
-  std::atomic<bool> hold = true;
-  parallel_for(static_cast<int64_t>(watched_.size()), 256, threads, [&](int64_t w) {
-    if (!stays(watched_[w])) hold = false;
-  });
-  return hold;
-}
-
-// Asks for what the checks of an item will read first.
-void Plan::prefetch(const Item& item) const {
-  const char* param = reinterpret_cast<const char*>(item.param);
-  __builtin_prefetch(param);
-  __builtin_prefetch(item.state);
-  // DLPack's shape points into the tensor itself: the rest of what it reads is around it.
-  for (int line = -1; line < 2; ++line) __builtin_prefetch(item.shape_seen + 8 * line);
 }
 
 // Takes the gradient's address; false where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {
   Item& item = items_[i];
-  Tensor& tensor = tensors_[i];
-  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_name));
-  if (!grad) throw py::error_already_set();
-  if (item.has_grad == grad.is_none()) {
-    item.has_grad = !item.has_grad;
-    schedule_.reset();
-  }
-  if (!item.has_grad) return true;
-  dlpack::Tensor found;
-  const int64_t* shape = sizes_.data() + item.sizes_end - 3 * item.ndim;
-  if (!item.updated || Py_TYPE(grad.ptr()) != item.grad_type || !read(grad.ptr(), found) ||
-      !is_a(found, item.grad_dtype, item.device) ||
-      !same_sizes(found, item.ndim, shape, shape + 2 * item.ndim) ||
-      (item.maybe_negated && is_negated(grad)))
+  const auto grad = TorchTensor::of(item.param).grad();
+  item.had_grad = item.has_grad;
+  item.has_grad = grad.has_value();
+  if (!grad) return true;
+  const int64_t* shape = sizes_.data() + item.sizes;
+  if (!item.updated || grad->keys() != item.grad_keys || grad->dtype() != item.grad_dtype ||
+      !grad->has(item.ndim, shape, shape + item.ndim))
     return false;
-  if (!address(found) && tensor.layout.numel() > 0) return false;  // its storage was freed
-  tensor.operands[1].data = const_cast<char*>(address(found));
-  grads_.push_back(std::move(grad));
+  char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)]);
+  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
+  tensors_[i].operands[1].data = data;
   return true;
 }
 
 bool Plan::refresh(int threads) {
-  grads_.clear();
-  if (!read_tensor || !groups_hold() || !state_holds() || !states_hold(threads)) return false;
-  for (size_t i = 0; i < items_.size(); ++i) {
-    if (i + kAhead < items_.size()) prefetch(items_[i + kAhead]);
-    if (!find_grad(i) || (items_[i].has_grad && !item_holds(i)) || !is_unwritten(items_[i]))
-      return false;
-  }
-  if (!schedule_) schedule();
+  release();
+  if (!fields_known || !groups_hold() || !state_holds()) return false;
+  // No Python object is changed or called, so the threads share the wait for memory, while this one
+  // keeps everybody else from changing anything; and they are awake for the passes that follow.
+  std::atomic<bool> holds = true, same_grads = true;
+  parallel_for(static_cast<int64_t>(items_.size()), 64, threads, [&](int64_t i) {
+    Item& item = items_[i];
+    if (!find_grad(i) || (item.has_grad && !item_holds(item)) ||
+        (item.has_version && item.version != version_of(item.param)))
+      holds = false;
+    else if (item.has_grad != item.had_grad)
+      same_grads = false;
+    else if (item.step)
+      item.steps_made = *item.step;
+  });
+  if (!holds) return false;
+  if (!same_grads) schedule();
+  if (!are_long_) return true;
+  held_.resize(items_.size());
+  for (size_t i = 0; i < items_.size(); ++i)
+    if (items_[i].has_grad) held_[i].hold(TorchTensor::of(items_[i].param).grad_slot());
   return true;
 }
 
-void Plan::schedule() {
-  active_params_ = py::list();
-  for (size_t i = 0; i < items_.size(); ++i) {
-    tensors_[i].active = items_[i].has_grad && items_[i].part == 0;
-    if (items_[i].has_grad) active_params_.append(py::handle(items_[i].param));
+// Calls f, which reads the gradients. Where these are held, other Python threads may run meanwhile.
+// Holding one costs more than a short pass over it; where they are short no thread may run, and has
+// replaced none so far.
+template <class F>
+auto Plan::pass(const F& f) const {
+  if (!are_long_ && grads_.empty()) {
+    check_grads();
+    return f();
   }
+  py::gil_scoped_release release;
+  return f();
+}
+
+void Plan::check_grads() const {
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!items_[i].has_grad) continue;
+    const auto grad = TorchTensor::of(items_[i].param).grad();
+    if (!grad || grad->data(kItemSize[static_cast<int>(items_[i].grad_type)]) !=
+                     tensors_[i].operands[1].data)
+      throw std::runtime_error(
+          "another thread replaced gradients while the optimizer made a step with them: nothing was "
+          "changed");
+  }
+}
+
+void Plan::release() {
+  grads_.clear();
+  for (HeldTensor& held : held_) held.release();
+}
+
+void Plan::schedule() {
+  int64_t bytes = 0, grads = 0;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const Item& item = items_[i];
+    tensors_[i].active = item.has_grad && item.part == 0;
+    if (!tensors_[i].active) continue;
+    bytes += tensors_[i].layout.numel() * kItemSize[static_cast<int>(item.grad_type)];
+    ++grads;
+  }
+  are_long_ = bytes >= grads * kLong;
   schedule_.emplace(tensors_);
   ++pattern_;
 }
 
 int Plan::cohort_of(const Item& item) {
-  const double step = item.step ? *item.step + 1.0 + item.repeat
+  const double step = item.step ? item.steps_made + 1.0 + item.repeat
                                 : (item.fresh && item.repeat == 0 ? 1.0 : 2.0);
   const Cohort wanted{item.group, step};
   int& last = last_cohort_[item.group];
@@ -414,6 +348,7 @@ py::bytes Plan::words_of(int part, const F& word) const {
 }
 
 py::bytes Plan::grads(int part) const {
+  if (grads_.empty()) check_grads();
   return words_of(part, [this](size_t i) {
     return items_[i].has_grad ? reinterpret_cast<int64_t>(tensors_[i].operands[1].data) : kNoGrad;
   });
@@ -424,8 +359,14 @@ py::bytes Plan::scalars_of(int part) const {
 }
 
 double Plan::sum_of_squares(int threads) const {
-  py::gil_scoped_release release;
-  return reduce_grads(tensors_, *schedule_, 2, threads);
+  return pass([&] { return reduce_grads(tensors_, *schedule_, 2, threads); });
+}
+
+void Plan::increment_versions() const {
+  py::list written;
+  for (const Item& item : items_)
+    if (item.has_grad) written.append(py::handle(item.param));
+  py::module_::import("torch.autograd.graph").attr("increment_version")(written);
 }
 
 void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) {
@@ -434,19 +375,20 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
   std::vector<double> table(scalars.size() * row_size);
   for (size_t r = 0; r < scalars.size(); ++r)
     std::copy(scalars[r].begin(), scalars[r].end(), table.begin() + r * row_size);
-  {
-    py::gil_scoped_release release;
-    fastopt::update(tensors_, *schedule_, table, row_size, threads);
-  }
-  grads_.clear();
-  for (size_t i = 0; i < items_.size(); ++i) {
-    if (!items_[i].has_grad) continue;
-    if (items_[i].step) *items_[i].step += 1;
-    items_[i].fresh = false;
-  }
+  pass([&] { fastopt::update(tensors_, *schedule_, table, row_size, threads); });
+  release();
+  parallel_for(static_cast<int64_t>(items_.size()), 256, repeats_ ? 1 : threads, [&](int64_t i) {
+    Item& item = items_[i];
+    if (!item.has_grad) return;
+    if (item.step) *item.step += 1;
+    item.fresh = false;
+    // Autograd does not see writes through an address.
+    if (fields_known) __atomic_fetch_add(TorchTensor::of(item.param).version(), 1, __ATOMIC_RELAXED);
+  });
+  if (!fields_known) increment_versions();
   // Of all, because parameters may share a version. `refresh` has seen that nobody else wrote them.
   for (Item& item : items_)
-    if (item.version) item.version = version_of(item.param);
+    if (item.has_version) item.version = version_of(item.param);
 }
 
 }  // namespace fastopt

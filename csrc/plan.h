@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "dlpack.h"
 #include "multi_tensor.h"
+#include "torch_tensor.h"
 
 namespace fastopt {
 
@@ -37,14 +37,6 @@ int rule_index(const std::string& name, const std::string& states);
 // operands: parameter, gradient, states.
 Tensor make_tensor(int rule, const std::vector<Description>& operands);
 
-// Tells where to find torch's C interfaces, which see a tensor at a tenth of the cost of Python:
-// the DLPack exchange API (torch.Tensor.__dlpack_c_exchange_api__), torch._C._aoti's
-// unsafe_alloc_void_ptrs_from_tensors, and functions of torch's stable C ABI. False where the
-// version is not understood. Without them no plan outlives its step.
-bool use_torch_interfaces(const py::capsule& exchange_api, py::object handles, uintptr_t address,
-                          uintptr_t dtype, uintptr_t dim, uintptr_t sizes, uintptr_t strides,
-                          uintptr_t delete_tensor);
-
 class Plan {
  public:
   // The index of a param group, and the number, counted from 1, of the step that some of its
@@ -56,12 +48,11 @@ class Plan {
   // that this plan does not watch, because it has neither gradient nor states or belongs to the
   // reference backend.
   Plan(py::list groups, py::dict state, const py::list& items);
-  ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
   // Takes the gradients that are there now. False where anything else has changed since the plan was
-  // built but the gradients' addresses and which of them are None.
+  // built but the gradients' addresses and which of them are None, and where `fields` are not known.
   bool refresh(int threads);
 
   // What this step consists of: one row of scalars is wanted for each.
@@ -75,9 +66,6 @@ class Plan {
   py::bytes grads(int part) const;
   py::bytes scalars_of(int part) const;
 
-  // The parameters that have a gradient.
-  py::list active_params() const { return active_params_; }
-
   // For each parameter whose states are out of date once somebody else writes it: (parameter, the
   // version that it had after the last step).
   py::list versions() const;
@@ -85,10 +73,10 @@ class Plan {
   double sum_of_squares(int threads) const;
 
   // Drops the gradients of a step that is not made.
-  void release() { grads_.clear(); }
+  void release();
 
-  // Updates those of part 0, and counts the steps of all cohorts. scalars has a row for each. All
-  // parts' parameters have been written, and their versions incremented.
+  // Updates those of part 0; counts the steps of all cohorts, for each of which scalars has a row; and
+  // increments the versions of all parameters that this step writes, in whatever part.
   void update(const std::vector<std::vector<double>>& scalars, int threads);
 
  private:
@@ -96,70 +84,74 @@ class Plan {
     PyObject* key;
     PyObject* value;
   };
-  struct Watched {  // a state tensor that must stay where it is
-    void* handle;   // a reference to it in torch's stable C ABI
-    const void* data;
-    int64_t dim;
-    size_t sizes;    // where its sizes and strides begin in watched_sizes_
-    int32_t dtype;   // torch's number
+  struct Watched {  // a tensor that must stay as it is and where it is
+    PyObject* tensor;
+    uint64_t fingerprint;
   };
   struct Item {
     PyObject* param;
-    PyTypeObject* grad_type;
     PyObject* state;  // null where the rule has none
-    bool updated;  // once there is a gradient
-    bool has_grad;
-    bool scalars_here;  // its step is counted here, and it belongs to a cohort
-    int part;
-    dlpack::Device device;
-    const void* data;
-    int32_t ndim;
-    DType dtype, grad_dtype;
-    int16_t repeat;  // how often the parameter stands earlier in the groups
-    int group;
-    std::optional<int64_t> version;  // there, if it is watched
+    uint64_t state_tag;  // of the dict, when it was last seen to hold
+    uint64_t grad_keys;
     float* step;
-    bool maybe_negated;  // its gradient may be a lazily negated view
+    size_t watched, watched_end;  // its part of watched_: the parameter, then its states
+    size_t sizes;  // where its part of sizes_ begins
+    size_t entries, entries_end;
+    double steps_made;
+    int32_t ndim;
+    int32_t group;
+    uint16_t grad_dtype;  // torch's number
+    DType grad_type;
+    int16_t repeat;  // how often the parameter stands earlier in the groups
+    int16_t part;
+    bool updated;  // once there is a gradient
+    bool has_grad, had_grad;
+    bool scalars_here;  // its step is counted here, and it belongs to a cohort
     bool fresh;  // it has no step to count, and its states are new
-    size_t sizes_end, entries_end;  // ends of its parts in the vectors below
-    const int64_t* shape_seen;      // where the parameter's shape was last time
+    bool has_version;
+    int64_t version;  // the one that it has to have, if it has to have one
   };
 
   static constexpr int64_t kNoGrad = -1;  // as in kernels/multi_tensor.py
+  static constexpr int64_t kLong = 16 * 1024;  // bytes of a gradient, on average
 
   template <class F>
   py::bytes words_of(int part, const F& word) const;
+  template <class F>
+  auto pass(const F& f) const;
+  void check_grads() const;
   void watch(py::handle tensor);
-  bool stays(const Watched& watched) const;
-  void prefetch(const Item& item) const;
   bool groups_hold() const;
-  bool state_holds() const;
-  bool item_holds(size_t i);
-  bool is_unwritten(const Item& item) const;
-  bool states_hold(int threads) const;
+  bool state_holds();
   bool find_grad(size_t i);
+  bool item_holds(Item& item);
   void schedule();
+  void increment_versions() const;
   int cohort_of(const Item& item);
 
   py::list groups_;
   py::dict state_;
-  std::vector<py::object> grads_;  // from when they are found until they have been read
+  uint64_t state_tag_ = 0;
+  // The gradients, from when they are found until they have been read: those that the plan was built
+  // with, and those of a later step.
+  std::vector<py::object> grads_;
+  std::vector<HeldTensor> held_;  // one for each item, where they are long
   std::vector<py::object> kept_;  // keeps every object that is compared by identity alive
   std::vector<py::object> group_params_;
   std::vector<Entry> state_entries_;  // of state_ itself
   std::vector<Item> items_;
   // The items' parts, one item after the other, so that a check runs straight through memory.
-  std::vector<int64_t> sizes_;  // shape, parameter's strides, gradient's strides
+  std::vector<int64_t> sizes_;  // shape and strides of the gradient
   std::vector<Entry> entries_;
-  std::vector<Watched> watched_;  // of all items
-  std::vector<int64_t> watched_sizes_;
+  std::vector<Watched> watched_;
 
   std::vector<Tensor> tensors_;  // one for each item
   int64_t pattern_ = 0;
+  bool repeats_ = false;   // a parameter stands twice in the groups
+  bool are_long_ = false;  // the gradients of part 0
   std::vector<Cohort> cohorts_;
   std::vector<int> last_cohort_;  // of each group
   std::optional<Schedule> schedule_;
-  py::list active_params_;
 };
 
 }  // namespace fastopt

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
 import warnings
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import layout
 from .rules import RULES
 
 # In the order of DType in csrc/dtypes.h.
@@ -52,31 +51,10 @@ def _load() -> tuple[ModuleType | None, str]:
             _C.use_isa(isa)
     except ValueError as error:
         return None, f"FASTOPT_ISA={isa}: {error}"
-    _connect(_C)
+    if found := layout.find():
+        fields, functions = found
+        _C.use_layout(fields, *functions)
     return _C, ""
-
-
-def _connect(extension: ModuleType) -> None:
-    """Gives the extension torch's C interfaces; a torch without them costs speed, not function."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        extension.use_torch_interfaces(
-            Tensor.__dlpack_c_exchange_api__,
-            torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors,
-            *(
-                ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-                for name in (
-                    "torch_get_const_data_ptr",
-                    "aoti_torch_get_dtype",
-                    "aoti_torch_get_dim",
-                    "aoti_torch_get_sizes",
-                    "aoti_torch_get_strides",
-                    "aoti_torch_delete_tensor_object",
-                )
-            ),
-        )
-    except (AttributeError, OSError):
-        pass
 
 
 def extension() -> ModuleType | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
@@ -118,6 +120,24 @@ class Optimizer(torch.optim.Optimizer):
             plan = None
         self._plan = plan
         return loss
+
+    @staticmethod
+    def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
+        """What torch wraps `step` in, for hooks and profilers; free where there are none."""
+        watched = torch.optim.Optimizer.profile_hook_step(step)
+
+        @functools.wraps(step)
+        def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            is_watched = (
+                self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or _global_optimizer_pre_hooks
+                or _global_optimizer_post_hooks
+                or torch._C._autograd._profiler_enabled()
+            )
+            return (watched if is_watched else step)(self, *args, **kwargs)
+
+        return wrapper
 
     def _measure(self, inv_scale: float) -> None:
         """Sets `grad_norm` for a step that is skipped."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +160,12 @@ class Plan:
         """Makes the step, and sets ``optimizer.grad_norm``."""
         # All that may raise comes before any change.
         cohorts = [] if self.native is None else self.native.cohorts()
-        scalars = array("d", chain.from_iterable(rows.table(*cohort) for cohort in cohorts))
+        scalars = array("d")
+        for group, step in cohorts:
+            if self.parts:
+                scalars.extend(rows.table(group, step))
+            else:
+                rows.scalars(group, step)
         for item in self.others:
             if capturing(item.param.device):
                 raise RuntimeError(
@@ -204,9 +208,6 @@ class Plan:
                 optimizer.grad_norm is None or part.device == self.norm_options["device"]
             ):
                 optimizer.grad_norm = of_part
-        if self.native is not None:
-            # Autograd does not see writes through an address.
-            torch.autograd.graph.increment_version(self.native.active_params())
         if self.on_host:
             self._run_on_host(optimizer, rows, cohorts, norm)
         else:

@@ -1,0 +1,154 @@
+// What a step looks at of torch's tensors, read where torch keeps it: fastopt/layout.py has found out
+// where that is. Nothing here needs torch's headers or libraries, or calls them.
+#pragma once
+
+#include <Python.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "dtypes.h"
+
+namespace fastopt {
+
+// As Layout in fastopt/layout.py, where each is explained.
+struct TensorFields {
+  uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data, grad,
+      number, undefined, plain_keys;
+};
+
+inline TensorFields fields;
+inline bool fields_known = false;
+
+// Functions of torch's stable C interface, which return 0 unless they fail. They take addresses of
+// an at::Tensor, of which TorchTensor::grad_slot is one.
+struct TensorFunctions {
+  int (*make)(void** tensor);  // an undefined one
+  int (*assign)(const void* from, void* to);
+  int (*destroy)(void* tensor);
+};
+
+inline TensorFunctions functions;
+
+// torch's numbers of the dtypes, in the order of DType.
+inline constexpr uint16_t kScalarTypes[] = {6, 7, 15, 5};
+
+// A view of a tensor that somebody else keeps alive.
+class TorchTensor {
+ public:
+  explicit TorchTensor(const char* impl = nullptr) : impl_(impl) {}
+  static TorchTensor of(const PyObject* tensor) {
+    return TorchTensor(read<const char*>(reinterpret_cast<const char*>(tensor), fields.impl));
+  }
+
+  uint64_t keys() const { return read<uint64_t>(impl_, fields.keys); }
+  uint16_t dtype() const { return read<uint16_t>(impl_, fields.dtype); }
+  int64_t dim() const { return read<int64_t>(impl_, fields.dim); }
+  const char* storage() const { return read<const char*>(impl_, fields.storage); }
+  const int64_t* sizes() const {
+    const char* here = impl_ + fields.sizes;
+    return dim() <= kInline ? reinterpret_cast<const int64_t*>(here) : read<const int64_t*>(here, 0);
+  }
+  const int64_t* strides() const { return sizes() + std::max(dim(), kInline); }
+
+  // Null where the tensor has no memory.
+  char* data(int64_t item_size) const {
+    char* memory = storage() ? read<char*>(storage(), fields.data) : nullptr;
+    return memory ? memory + read<int64_t>(impl_, fields.storage_offset) * item_size : nullptr;
+  }
+
+  // Strides of dimensions of size 1 have no meaning, and torch does not keep them.
+  bool has(int64_t dim, const int64_t* shape, const int64_t* strides) const {
+    if (this->dim() != dim) return false;
+    const int64_t *own_shape = sizes(), *own_strides = own_shape + std::max(dim, kInline);
+    for (int64_t d = 0; d < dim; ++d)
+      if (own_shape[d] != shape[d] || (shape[d] != 1 && own_strides[d] != strides[d])) return false;
+    return true;
+  }
+
+  // Where the gradient's at::Tensor is, null where there is none.
+  const char* grad_slot() const {
+    const char* meta = read<const char*>(impl_, fields.autograd_meta);
+    if (!meta || read<uint64_t>(meta, fields.grad) == fields.undefined) return nullptr;
+    return meta + fields.grad;
+  }
+  std::optional<TorchTensor> grad() const {
+    const char* slot = grad_slot();
+    if (!slot) return std::nullopt;
+    return TorchTensor(read<const char*>(slot, 0));
+  }
+
+  uint32_t* version() const {
+    return reinterpret_cast<uint32_t*>(read<char*>(impl_, fields.version) + fields.number);
+  }
+
+  // A number that another address, storage, shape, dtype or kind of tensor would change: a sum of
+  // products with odd numbers, which differs where a single word does, and else all but certainly.
+  uint64_t fingerprint() const {
+    uint64_t factor = 0x9e3779b97f4a7c15, sum = 0;
+    const auto add = [&](uint64_t word) {
+      sum += (word ^ word >> 32) * factor;
+      factor += 0x7fb5d329728ea186;  // even: factors stay odd
+    };
+    add(reinterpret_cast<uint64_t>(impl_));
+    add(reinterpret_cast<uint64_t>(storage()));
+    if (storage()) add(read<uint64_t>(storage(), fields.data));
+    const int64_t dim = this->dim();
+    add(dim);
+    const int64_t *sizes = this->sizes(), *strides = sizes + std::max(dim, kInline);
+    for (int64_t d = 0; d < dim; ++d) {
+      add(sizes[d]);
+      add(strides[d]);
+    }
+    add(read<uint64_t>(impl_, fields.storage_offset));
+    add(dtype());
+    add(keys());
+    return sum;
+  }
+
+ private:
+  static constexpr int64_t kInline = 5;  // INLINE in fastopt/layout.py
+
+  template <class T>
+  static T read(const char* object, uint64_t offset) {
+    T value;
+    std::memcpy(&value, object + offset, sizeof value);
+    return value;
+  }
+
+  const char* impl_;
+};
+
+// Keeps a tensor alive. Needs the GIL, because a Python object may live and die with the tensor.
+class HeldTensor {
+ public:
+  HeldTensor() = default;
+  HeldTensor(HeldTensor&& other) noexcept : tensor_(other.tensor_) { other.tensor_ = nullptr; }
+  ~HeldTensor() {
+    if (tensor_) functions.destroy(tensor_);
+  }
+
+  void hold(const void* tensor) {
+    if (!tensor_) functions.make(&tensor_);
+    functions.assign(tensor, tensor_);
+    holds_ = true;
+  }
+  void release() {
+    if (!holds_) return;
+    static void* const undefined = [] {
+      void* made = nullptr;
+      functions.make(&made);
+      return made;
+    }();
+    functions.assign(undefined, tensor_);
+    holds_ = false;
+  }
+
+ private:
+  void* tensor_ = nullptr;
+  bool holds_ = false;
+};
+
+}  // namespace fastopt

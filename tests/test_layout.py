@@ -1,0 +1,204 @@
+"""Where torch keeps things: what is found there, and that a plan sees whatever changes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import fastopt
+from fastopt import layout
+
+SHAPES = ((8, 8), (16,), (), (2, 1, 3, 2, 1, 2, 2))
+
+
+def test_the_layout_is_known_here():
+    """Else every step would be planned anew: right, but slow."""
+    assert layout.find() is not None
+
+
+@pytest.mark.parametrize("name", ["_sizes", "_autograd", "_version", "_function"])
+def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
+    def fails(*arguments):
+        raise layout.NotFoundError
+
+    monkeypatch.setattr(layout, name, fails)
+    assert layout.find() is None
+
+
+def test_a_field_in_two_places_is_not_found():
+    with pytest.raises(layout.NotFoundError):
+        layout._offset([b"abab", b"cdcd"], [b"ab", b"cd"])
+
+
+def pair() -> tuple[list[Tensor], fastopt.AdamW, list[Tensor], fastopt.AdamW]:
+    """Parameters with two steps made, of the C++ backend and of the reference."""
+    torch.manual_seed(0)
+    made = []
+    for backend in ("auto", "reference"):
+        params = [torch.ones(shape).requires_grad_() for shape in SHAPES]
+        made += [params, fastopt.AdamW(params, lr=0.1, backend=backend)]
+    ours, optimizer, others, reference = made
+    for number in range(2):
+        step(ours, optimizer, number)
+        step(others, reference, number)
+    return ours, optimizer, others, reference
+
+
+def step(params: list[Tensor], optimizer: fastopt.AdamW, number: int) -> None:
+    for k, param in enumerate(params):
+        param.grad = torch.linspace(-1, 1, param.numel()).view(param.shape) * (1 + number + k)
+    optimizer.step()
+
+
+def moments(optimizer: fastopt.AdamW, param: Tensor) -> Tensor:
+    return optimizer.state[param]["exp_avg"]
+
+
+def swap(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    torch.utils.swap_tensors(params[k], torch.full_like(params[k], 3).requires_grad_())
+
+
+def swap_state(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    state = moments(optimizer, params[k])
+    torch.utils.swap_tensors(state, torch.full_like(state, 3))
+
+
+def replace_data(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    params[k].data = torch.full_like(params[k], 3)
+
+
+def replace_state(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    optimizer.state[params[k]]["exp_avg"] = torch.full_like(params[k], 3)
+
+
+def replace_state_data(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    moments(optimizer, params[k]).data = torch.full_like(params[k], 3)
+
+
+def resize_state_storage(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    state = moments(optimizer, params[k])
+    state.untyped_storage().resize_(1 << 20)
+
+
+def turn_state(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    state = moments(optimizer, params[k])
+    if state.dim() == 2:
+        state.t_()
+
+
+def turn_data(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    if params[k].dim() == 2:
+        params[k].data = params[k].data.t()
+
+
+def replace_step(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    optimizer.state[params[k]]["step"] = torch.tensor(7.0)
+
+
+def drop_state(params: list[Tensor], optimizer: fastopt.AdamW, k: int) -> None:
+    del optimizer.state[params[k]]
+
+
+@pytest.mark.parametrize("k", range(len(SHAPES)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(swap, swap_state, replace_data, replace_state, replace_state_data),
+        *(resize_state_storage, turn_state, turn_data, replace_step, drop_state),
+    ],
+)
+def test_a_change_between_steps_is_seen(
+    change: Callable[[list[Tensor], fastopt.AdamW, int], None], k: int
+):
+    ours, optimizer, others, reference = pair()
+    for params, of in ((ours, optimizer), (others, reference)):
+        change(params, of, k)
+        step(params, of, 2)
+        step(params, of, 3)
+    for param, other in zip(ours, others, strict=True):
+        assert torch.equal(param, other)
+        assert torch.equal(moments(optimizer, param), moments(reference, other))
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        lambda shape: torch.ones(shape[::-1]).permute(tuple(reversed(range(len(shape))))),
+        lambda shape: torch._neg_view(torch.ones(shape)),
+        lambda shape: torch.ones((2, *shape))[1],
+        lambda shape: torch.ones(()).expand(shape),
+        lambda shape: torch.full(shape, 1 + 2j).conj().imag,
+    ],
+    ids=["transposed", "negated", "offset", "expanded", "of a conjugate"],
+)
+@pytest.mark.parametrize("k", range(len(SHAPES)))
+def test_gradients_of_another_kind(grad: Callable[[tuple[int, ...]], Tensor], k: int):
+    ours, optimizer, others, reference = pair()
+    for params, of in ((ours, optimizer), (others, reference)):
+        params[k].grad = grad(SHAPES[k])
+        of.step()
+        step(params, of, 3)
+    assert torch.equal(ours[k], others[k])
+
+
+def test_plans_hold_with_fresh_gradients_of_any_rank():
+    ours, optimizer, *_ = pair()
+    plan = optimizer._plan
+    for number in range(3):
+        sum((param.double() ** 2).sum() for param in ours).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer._plan is plan, number
+
+
+@pytest.mark.parametrize("n", [4, 10_000], ids=["short", "long"])
+def test_gradients_replaced_between_looking_and_updating(n: int):
+    """As another thread may: what was found is used or nothing is."""
+    param = torch.ones(n, requires_grad=True)
+    optimizer = fastopt.SGD([param], lr=1.0)
+    for _ in range(2):
+        param.grad = torch.ones(n)
+        optimizer.step()
+    native = optimizer._plan.native
+    assert native.refresh(1)
+    rows = [(1.0, float("inf"), 0.0, 3.0, 1.0, *(0.0,) * 8)]
+    param.grad = None
+    before = param.detach().clone()
+    assert native.cohorts()
+    if n == 4:
+        with pytest.raises(RuntimeError, match="another thread replaced gradients"):
+            native.update(rows, 1)
+        assert torch.equal(param, before)
+    else:
+        native.update(rows, 1)  # the gradient was kept alive
+
+
+def test_versions_are_counted_once_a_step():
+    param = torch.ones(3, requires_grad=True)
+    optimizer = fastopt.AdamW([param])
+    for number in range(1, 4):
+        param.grad = torch.ones(3)
+        optimizer.step()
+        assert param._version == number
+
+
+def test_hooks_and_profilers_see_the_step():
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = fastopt.AdamW([param])
+    seen = []
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#AdamW.step" in {event.name for event in profile.events()}
+    before = optimizer.register_step_pre_hook(lambda *arguments: seen.append("pre"))
+    after = optimizer.register_step_post_hook(lambda *arguments: seen.append("post"))
+    optimizer.step()
+    before.remove()
+    after.remove()
+    handle = register_optimizer_step_post_hook(lambda *arguments: seen.append("global"))
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert seen == ["pre", "post", "global"]
