@@ -12,10 +12,11 @@ import torch
 
 from . import clocks, machine, report, workloads
 from .arguments import at_least, existing, one_of
-from .contenders import TorchFused, rules
+from .contenders import rules
 from .jobs import Failure, Job, run
 from .measure import NAMES, Row, Skip, measure
 from .overhead import OPERATION, Slope, sweep
+from .peers import TorchFused
 
 SWEEP = "overhead"  # a workload of its own kind
 RESULTS = Path(__file__).with_name("results")

@@ -1,14 +1,11 @@
-"""Who is measured: fastopt, torch.optim in its two fast forms, and other packages."""
+"""Who is measured: what a contender is, and fastopt as one. The others are in `peers`."""
 
-import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -55,6 +52,12 @@ class Contender(ABC):
     name: ClassVar[str]
     #: How many more passes over the gradients, reads or writes, a step makes where it clips.
     clip_passes: ClassVar[int]
+    #: What it keeps beside parameters of a dtype, as an addition to the name of that dtype.
+    adds: ClassVar[str] = ""
+    #: Whether what it loads or starts in a process would change the times of others there.
+    own_process: ClassVar[bool] = False
+    #: Whether a step takes so long that fewer rounds must do.
+    slow: ClassVar[bool] = False
     clip = False
 
     def __init__(self, rule: Rule, params: list[Tensor]) -> None:
@@ -113,121 +116,3 @@ class ClipsApart(Contender):
         if self.clip:
             clip_grad_norm_(self.params, MAX_NORM)
         self.optimizer.step()
-
-
-class Torch(ClipsApart):
-    """torch.optim's class of the same name, with one implementation chosen."""
-
-    implementation: ClassVar[str]
-
-    def build(self, rule: Rule) -> Optimizer:
-        peer = getattr(torch.optim, rule.title, None)
-        if peer is None or self.implementation not in inspect.signature(peer).parameters:
-            raise UnavailableError(f"torch has no {self.implementation} {rule.title}")
-        optimizer: Optimizer = peer(self.params, lr=LR, **{self.implementation: True}, **rule.flags)
-        return optimizer
-
-
-class TorchFused(Torch):
-    name = "torch fused"
-    implementation = "fused"
-
-
-class TorchForeach(Torch):
-    name = "torch foreach"
-    implementation = "foreach"
-
-
-class MastersByHand(ClipsApart):
-    """What users write around torch's fused optimizer for parameters of 16 bits."""
-
-    name = "torch fused, masters by hand"
-
-    def build(self, rule: Rule) -> Optimizer:
-        self.masters = [param.detach().float().requires_grad_() for param in self.params]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        return TorchFused(rule, self.masters).optimizer
-
-    @torch.no_grad()
-    def run(self) -> None:
-        torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.params])
-        if self.clip:
-            clip_grad_norm_(self.masters, MAX_NORM)
-        self.optimizer.step()
-        torch._foreach_copy_(self.params, self.masters)
-
-
-class Package(ClipsApart):
-    """Another package's optimizer, where that is installed; its own defaults."""
-
-    module: ClassVar[str]
-    #: By the rule's title: the class, and what makes it that rule.
-    classes: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]]
-
-    def build(self, rule: Rule) -> Optimizer:
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            raise UnavailableError(str(error)) from None
-        if rule.title not in self.classes:
-            raise UnavailableError(f"it has no {rule.title}")
-        name, settings = self.classes[rule.title]
-        settings = {"lr": LR, **settings, **self.more_settings(), **rule.flags}
-        optimizer: Optimizer = getattr(module, name)(self.params, **settings)
-        return optimizer
-
-    def more_settings(self) -> dict[str, Any]:
-        """What it has to be told about these parameters."""
-        return {}
-
-
-class Optimi(Package):
-    name = "optimi"
-    module = "optimi"
-    classes = MappingProxyType({title: (title, {}) for title in ("SGD", "Adam", "AdamW")})
-
-
-class FlashOptim(Package):
-    name = "flashoptim"
-    module = "flashoptim"
-    classes = MappingProxyType({title: (f"Flash{title}", {}) for title in ("SGD", "Adam", "AdamW")})
-
-    def more_settings(self) -> dict[str, Any]:
-        # Its default, 24 bits, is an error where there is nothing to be saved.
-        return {"master_weight_bits": None} if self.params[0].dtype == torch.float32 else {}
-
-
-class BitsAndBytes(Package):
-    name = "bitsandbytes"
-    module = "bitsandbytes.optim"
-    classes = MappingProxyType(
-        {title: (title, {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
-    )
-
-
-class BitsAndBytes8Bit(Package):
-    name = "bitsandbytes 8-bit"
-    module = "bitsandbytes.optim"
-    classes = MappingProxyType(
-        {title: (f"{title}8bit", {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
-    )
-
-
-class Apex(Package):
-    name = "apex"
-    module = "apex.optimizers"
-    classes = MappingProxyType(
-        {
-            "SGD": ("FusedSGD", {}),
-            "Adagrad": ("FusedAdagrad", {}),
-            "Adam": ("FusedAdam", {"adam_w_mode": False}),
-            "AdamW": ("FusedAdam", {"adam_w_mode": True}),
-        }
-    )
-
-
-class TorchAO(Package):
-    name = "torchao 8-bit"
-    module = "torchao.optim"
-    classes = MappingProxyType({"Adam": ("Adam8bit", {}), "AdamW": ("AdamW8bit", {})})

@@ -30,26 +30,21 @@ from . import bound, clocks, gpu_picture, gpu_report, machine, modes, report, wo
 from .arguments import existing
 from .bound import Copy
 from .clocks import Clock
-from .contenders import (
-    Apex,
-    BitsAndBytes,
-    BitsAndBytes8Bit,
-    Contender,
-    Fastopt,
-    FlashOptim,
-    MastersByHand,
-    Optimi,
-    Rule,
-    TorchAO,
-    TorchForeach,
-    TorchFused,
-    UnavailableError,
-    rules,
-    tried,
-)
+from .contenders import Contender, Fastopt, Rule, UnavailableError, rules, tried
 from .jobs import Failure, Job, run
 from .measure import OPERATIONS, Row, Skip, compare
 from .overhead import OPERATION, Slope, sweep
+from .peers import (
+    Apex,
+    BitsAndBytes,
+    BitsAndBytes8Bit,
+    FlashOptim,
+    MastersByHand,
+    Optimi,
+    TorchAO,
+    TorchForeach,
+    TorchFused,
+)
 from .startup import FirstStep, first_steps
 from .workloads import Workload, doubles
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from . import report
 from .bound import Copy
 from .clocks import DEVICE, HOST, WALL
-from .contenders import Fastopt, FlashOptim, TorchForeach, TorchFused
+from .contenders import Fastopt
 from .modes import PLAIN_BF16, SPLIT_8BIT
+from .peers import FlashOptim, TorchForeach, TorchFused
 from .report import Cell, Goal, Line, Report, digits, table, written
 from .startup import EMPTY, WARM
 

@@ -21,7 +21,8 @@ from typing import Protocol
 
 from . import bound
 from .clocks import Clock, wall
-from .contenders import Contender, Fastopt, Rule, TorchForeach, TorchFused, UnavailableError
+from .contenders import Contender, Fastopt, Rule, UnavailableError
+from .peers import TorchForeach, TorchFused
 from .workloads import Workload
 
 WARMUP = 2  # rounds: plans are built, caches filled, threads awake

@@ -25,19 +25,11 @@ import fastopt
 from . import modes, report, workloads
 from .arguments import one_of
 from .bound import tensors_of
-from .contenders import (
-    BitsAndBytes8Bit,
-    FlashOptim,
-    MastersByHand,
-    Rule,
-    TorchAO,
-    TorchFused,
-    UnavailableError,
-    tried,
-)
+from .contenders import Rule, UnavailableError, tried
 from .jobs import Failure, Job, run
 from .measure import Skip
 from .modes import Case
+from .peers import BitsAndBytes8Bit, FlashOptim, MastersByHand, TorchAO, TorchFused
 from .report import Cell, Line
 from .workloads import Workload
 

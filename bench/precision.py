@@ -29,21 +29,11 @@ import fastopt
 
 from . import bound, clocks, machine, modes, report, workloads
 from .arguments import at_least, one_of
-from .contenders import (
-    MAX_NORM,
-    BitsAndBytes8Bit,
-    Contender,
-    Fastopt,
-    MastersByHand,
-    Rule,
-    TorchAO,
-    TorchFused,
-    UnavailableError,
-    tried,
-)
+from .contenders import MAX_NORM, Contender, Fastopt, Rule, UnavailableError, tried
 from .jobs import Failure, Job, run
 from .measure import Skip, interleave
 from .modes import Case
+from .peers import BitsAndBytes8Bit, MastersByHand, TorchAO, TorchFused
 from .report import Cell, Goal, Line, digits
 from .workloads import Workload, doubles
 
