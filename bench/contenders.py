@@ -3,9 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -18,6 +18,14 @@ MAX_NORM = 1.0
 
 class UnavailableError(Exception):
     """A contender cannot run here; the message is the reason."""
+
+
+def told(error: BaseException) -> str:
+    """An error in a line: a package's may have many."""
+    first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
+    if isinstance(error, UnavailableError):
+        return first_line
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,6 @@ class Contender(ABC):
     """One way to do the optimizer's work of an iteration on given parameters."""
 
     name: ClassVar[str]
-    #: How many more passes over the gradients, reads or writes, a step makes where it clips.
-    clip_passes: ClassVar[int]
     #: What it keeps beside parameters of a dtype, as an addition to the name of that dtype.
     adds: ClassVar[str] = ""
     #: Whether what it loads or starts in a process would change the times of others there.
@@ -69,38 +75,46 @@ class Contender(ABC):
         """The optimizer of ``self.params``, or `UnavailableError`."""
 
     def set_clip(self, clip: bool) -> None:
-        """Choose between step alone and clip + step."""
+        """Chooses between step alone and clip + step."""
         self.clip = clip
 
     def run(self) -> None:
         """The optimizer's turn in an iteration, which is what is timed."""
         self.optimizer.step()
 
+    @abstractmethod
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        """What `run_scaled` needs, or `UnavailableError`."""
 
-def tried(kind: type[Contender], rule: Rule, params: list[Tensor]) -> Contender:
-    """A contender that has made a step, or `UnavailableError`, whatever a package may raise."""
-    try:
-        contender = kind(rule, params)
-        contender.run()
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
-        raise UnavailableError(first_line or type(error).__name__) from error
-    return contender
+    def run_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        """The turn where gradients are scaled: unscale, clip, step. Others may do it in fewer
+        calls."""
+        scaler.step(self.optimizer)
+        scaler.update()
 
 
 class Fastopt(Contender):
     name = "fastopt"
-    clip_passes = 1
-    #: Of a precision mode, see `modes`.
-    settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def build(self, rule: Rule) -> Optimizer:
-        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **self.settings, **rule.flags)
+        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
         return optimizer
 
     def set_clip(self, clip: bool) -> None:
         for group in self.optimizer.param_groups:
             group["max_norm"] = MAX_NORM if clip else None
+
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        return fastopt.GradScaler(device)
+
+
+class FastoptTorchScaler(Fastopt):
+    """The same with torch's scaler, which differs only where there is one."""
+
+    name = "fastopt, torch's GradScaler"
+
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device)
 
 
 class ClipsApart(Contender):
@@ -110,9 +124,18 @@ class ClipsApart(Contender):
     round on, which changes nobody's work or traffic.
     """
 
-    clip_passes = 3  # the norm reads, the scaling reads and writes
-
     def run(self) -> None:
         if self.clip:
             clip_grad_norm_(self.params, MAX_NORM)
         self.optimizer.step()
+
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        if type(self).run is not ClipsApart.run:
+            raise UnavailableError("it has no step under a GradScaler here")
+        return torch.amp.GradScaler(device)
+
+    def run_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        """torch's three calls."""
+        scaler.unscale_(self.optimizer)
+        clip_grad_norm_(self.params, MAX_NORM)
+        super().run_scaled(scaler)
