@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 #: By command, the module that has HELP, add_arguments(parser) and main(options) -> exit status.
 COMMANDS = {
@@ -19,7 +20,7 @@ COMMANDS = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, module_name in COMMANDS.items():
@@ -29,7 +30,7 @@ def main() -> int:
         added = commands.add_parser(command, help=module.HELP, description=module.__doc__)
         module.add_arguments(added)
         added.set_defaults(main=module.main)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     status: int = options.main(options)
     return status
 

@@ -20,10 +20,14 @@ class UnavailableError(Exception):
     """A contender cannot run here; the message is the reason."""
 
 
+class CrashedError(Exception):
+    """A contender raised in a process of its own, or that died; the message tells how."""
+
+
 def told(error: BaseException) -> str:
     """An error in a line: a package's may have many."""
     first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError | CrashedError):
         return first_line
     return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import clocks
-from .contenders import Rule, UnavailableError, told
+from .contenders import CrashedError, Rule, UnavailableError, told
 from .modes import Case
 from .turns import Local
 from .workloads import Gradients, Workload
@@ -44,14 +44,14 @@ class Child:
 
         Raises:
             UnavailableError: it raised this.
-            RuntimeError: it raised another error, or the process is no more.
+            CrashedError: it raised another error, or its process died.
         """
         try:
             self.pipe.send((method, arguments))
             return self.answer()
         except (EOFError, OSError):
             self.process.join(PATIENCE)
-            raise RuntimeError(f"its process died, exit code {self.process.exitcode}") from None
+            raise CrashedError(f"its process died, exit code {self.process.exitcode}") from None
 
     def answer(self) -> Any:
         kind, answer = self.pipe.recv()
@@ -84,7 +84,7 @@ def serve(pipe: Connection, threads: int, make: Callable[..., Any], *arguments: 
         except UnavailableError as reason:
             answer = (UnavailableError, told(reason))
         except Exception as error:
-            answer = (RuntimeError, told(error))
+            answer = (CrashedError, told(error))
         pipe.send(answer)
 
 
