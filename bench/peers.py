@@ -11,6 +11,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping
+from math import inf
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +27,7 @@ HALVES = (torch.bfloat16, torch.float16)
 NOT_FP16 = (torch.float32, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 CXX = "g++"  # what torch's compiler and DeepSpeed's build call
+MOST_COMPILED = 250  # tensors in one graph: for 300, torch.compile takes 150 s on 2 cores
 
 
 class Peer(ClipsApart):
@@ -35,6 +37,8 @@ class Peer(ClipsApart):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
     #: Whether its first step compiles something, which takes up to minutes.
     compiles: ClassVar[bool] = False
+    #: More it would compile for longer than anybody waits.
+    most_tensors: ClassVar[float] = inf
 
     def __init__(self, rule: Rule, params: list[Tensor]) -> None:
         param = params[0]
@@ -42,6 +46,8 @@ class Peer(ClipsApart):
             raise UnavailableError(reason)
         if param.dtype not in self.dtypes:
             raise UnavailableError(f"{self.name} is not for {param.dtype} parameters")
+        if len(params) > self.most_tensors:
+            raise UnavailableError(f"{self.name} compiles {len(params)} tensors for too long")
         super().__init__(rule, params)
 
     @classmethod
@@ -111,6 +117,7 @@ class TorchCompile(TorchForeach):
     name = "torch.compile"
     own_process = True  # the compiler has workers of its own, and hooks into the interpreter
     compiles = True
+    most_tensors = MOST_COMPILED
 
     def build(self, rule: Rule) -> Optimizer:
         optimizer = super().build(rule)
@@ -317,9 +324,13 @@ class HeavyBall(Package):
     name = "heavyball"
     package = "heavyball"
     module = "heavyball"
-    classes = MappingProxyType({"Adam": Class("AdamW"), "AdamW": Class("AdamW")})
+    # By default a step drops the gradients, and the next one finds nothing to do.
+    classes = MappingProxyType(
+        dict.fromkeys(("Adam", "AdamW"), Class("AdamW", settings={"consume_grad": False}))
+    )
     own_process = True
     compiles = True
+    most_tensors = MOST_COMPILED
 
 
 #: In the order of the columns.
