@@ -207,14 +207,18 @@ def special_wanted(options: argparse.Namespace) -> set[str]:
 
 
 def groups(options: argparse.Namespace) -> Iterator[Group]:
-    """Who is to take turns on what, the most important first.
+    """Who is to take turns on what, the most important first, and what takes long at last.
 
     Raises:
         ValueError: a user's model cannot be made.
     """
-    for workload in chosen_workloads(options):
-        for rule in chosen_rules(options):
-            yield from groups_of(rule, workload, options)
+    found = [
+        group
+        for workload in chosen_workloads(options)
+        for rule in chosen_rules(options)
+        for group in groups_of(rule, workload, options)
+    ]
+    yield from sorted(found, key=lambda group: any(map(compiles, group.cases)))
 
 
 def groups_of(rule: Rule, workload: Workload, options: argparse.Namespace) -> Iterator[Group]:
@@ -248,7 +252,7 @@ def groups_of(rule: Rule, workload: Workload, options: argparse.Namespace) -> It
 
 
 def main_workloads(options: argparse.Namespace) -> tuple[str, ...]:
-    return (GPT2, BILLION) if options.device.type == "cuda" else (GPT2,)
+    return (BILLION, GPT2) if options.device.type == "cuda" else (GPT2,)
 
 
 def modes_of(options: argparse.Namespace, default: Iterable[str]) -> list[Mode]:
