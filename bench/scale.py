@@ -25,7 +25,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from . import bound, clocks, contenders, modes, workloads
+from . import bound, clocks, contenders, machine, modes, workloads
 from .arguments import at_least, one_of
 from .clocks import DEVICE
 from .contenders import Contender, Fastopt, Rule, tried
@@ -34,7 +34,7 @@ from .memory import MASTERS, state_tensors, stored_bytes
 from .modes import Mode
 from .plots import STEP, described, limit_of, load
 from .records import OURS, Results, Slope, Timing
-from .report import digits, terminal
+from .report import QUIET, digits, terminal
 from .workloads import Workload, many_small
 
 HELP = "memory and optimizer time on many devices, from measured figures"
@@ -573,6 +573,7 @@ def check(options: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = cases()
     rows = []
+    begin = machine.cpu_seconds()
     for mode in [options.mode] if options.mode else CHECKED:
         rows += checked(mode, rule, found, SMALL, ROUNDS, device)
     table = Table(title=f"{rule.name}, clip + step: predicted and found", title_justify="left")
@@ -593,6 +594,12 @@ def check(options: argparse.Namespace) -> int:
         "a device of each tensor.",
         sep="\n",
     )
+    used = machine.used_by_others(begin)
+    if used > QUIET:
+        terminal().print(
+            f"Other work took {used:.0%} of the machine's CPU time meanwhile, which delays short "
+            "steps most: check again when it is quiet."
+        )
     return int(any(row.bad for row in rows))
 
 
