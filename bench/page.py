@@ -101,9 +101,10 @@ def summary(results: Results) -> Iterator[str]:
     chief = [v for v in found if is_chief(v)]
     if chief:
         ratios = [v.ratio for v in chief]
+        count = plural(len(ratios), "measurement")
         yield (
-            f"A step of {CHIEF} in fp32 takes {FUSED} {spanned(ratios)} times as long as fastopt "
-            f"(median {digits(median(ratios))}), over {plural(len(ratios), 'measurement')}."
+            f"For a step of {CHIEF} in fp32, {FUSED} takes {spanned(ratios)} times as long as "
+            f"fastopt: {digits(median(ratios))} in the median of {count}."
         )
     yield from against_memory(results)
     yield from footprints(results)
@@ -136,8 +137,11 @@ def extremes(found: list[Versus]) -> str:
 
 
 def named(versus: Versus) -> str:
-    peer = versus.peer
-    return f"{versus.label} ({peer.rule}, {peer.operation}, {peer.workload})"
+    peer, ours = versus.peer, versus.ours
+    precision = f"{peer.precision} against {ours.precision}"
+    if peer.precision == ours.precision:
+        precision = peer.precision
+    return f"{peer.contender} ({peer.rule}, {peer.operation}, {peer.workload}, {precision})"
 
 
 def against_memory(results: Results) -> Iterator[str]:
@@ -238,7 +242,15 @@ def tables(results: Results) -> Iterator[Table]:
         timing_table(results),
         Table(
             "Overhead of tensors",
-            ("rule", "contender", "precision", "gradients", "clock", "us a tensor", "us a step"),
+            (
+                "rule",
+                "contender",
+                "precision",
+                "gradients",
+                "clock",
+                "us a tensor",
+                "fixed us a step",
+            ),
             [
                 (
                     "",
