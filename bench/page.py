@@ -26,14 +26,13 @@ from .plots import (
     Versus,
     comparisons,
     described,
-    limit_of,
     load,
     main_clock,
     main_groups,
     of_limit,
     quartiles,
 )
-from .records import BOUND, COPY, OURS, Results, Timing
+from .records import BOUND, COPY, OURS, Results, Timing, bound_of
 from .report import GOAL_COLUMNS, QUIET, digits, goal_lines
 
 HELP = "write a run's tables and pictures as one HTML page"
@@ -149,7 +148,7 @@ def against_memory(results: Results) -> Iterator[str]:
     times: dict[str, list[float]] = {}
     for group in main_groups(results):
         for timing in group:
-            limit = limit_of(timing, group)
+            limit = bound_of(timing, group)
             if timing.contender == OURS and timing.regime == "memory" and limit:
                 times.setdefault(timing.precision, []).append(of_limit(timing, limit))
     if times:
@@ -329,7 +328,7 @@ def timing_line(timing: Timing, group: list[Timing], versus: Versus | None) -> l
             Cell(between(versus.quartiles)),
             Cell(versus.ours.precision, number=False),
         ]
-    limit = limit_of(timing, group)
+    limit = bound_of(timing, group)
     own_limit = timing.contender in (BOUND, COPY) or limit is None
     name = timing.contender + (", in its own process" if timing.own_process else "")
     return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
@@ -23,7 +23,18 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from .clocks import DEVICE, HOST, WALL
-from .records import BOUND, COPY, OURS, Results, Slope, Timing, ratio, ratios
+from .records import (
+    BOUND,
+    COPY,
+    OURS,
+    Results,
+    Slope,
+    Timing,
+    bound_of,
+    counterpart,
+    ratio,
+    ratios,
+)
 from .report import digits
 
 HELP = "draw the pictures of a run as PNGs"
@@ -43,6 +54,7 @@ SAID = {WALL: "", DEVICE: " (device time)", HOST: " (host time)"}  # beside what
 #: Okabe and Ito's, then Tol's, which the colour-blind tell apart; the same in every picture.
 COLOURS = {
     OURS: "#0072b2",
+    "fastopt, torch's GradScaler": "#5aa9d6",
     "torch fused": "#e69f00",
     "torch foreach": "#009e73",
     "torch for-loop": "#999999",
@@ -67,23 +79,6 @@ MARKERS = "osDv^<>pPX*"
 LIMITS = {BOUND: "a bare loop with the same reads and writes", COPY: "a copy of as many bytes"}
 PARTS = {"parameter": "#444444", "master": "#888888", "states": "#cccccc"}  # nobody's colours
 HATCHES = {"parameter": "", "master": "//", "states": ".."}
-
-#: What fastopt stands against a peer with, where several of its modes took turns with it, by the
-#: peer's dtype and whether its states have 8 bits; the first that was measured.
-MATCHES = {
-    ("fp32", False): ("fp32",),
-    ("fp32", True): ("fp32+8bit",),
-    ("bf16", False): ("none+bf16", "none", "split"),
-    ("bf16", True): ("stochastic+8bit", "split+8bit"),
-    ("fp16", False): ("fp16-master",),
-    ("fp16", True): ("fp16-master",),
-}
-#: Those that keep masters stand against one that does.
-WITH_MASTERS = {
-    "torch fused, masters by hand": ("split", "master"),
-    "DeepSpeed CPUAdam": ("split", "master"),
-    "flashoptim": ("split+8bit", "split"),
-}
 
 
 @dataclass(frozen=True)
@@ -146,30 +141,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def comparisons(results: Results) -> Iterator[Versus]:
     """Every peer's timing against fastopt's, where both took turns."""
     for group in results.groups():
-        ours = {timing.precision: timing for timing in group if timing.contender == OURS}
         for timing in group:
-            if timing.contender not in (OURS, BOUND, COPY) and ours:
-                yield Versus(timing, opponent(timing, ours))
+            ours = counterpart(timing, group)
+            if ours and not is_ours(timing) and timing.contender not in (BOUND, COPY):
+                yield Versus(timing, ours)
 
 
-def opponent(peer: Timing, ours: dict[str, Timing]) -> Timing:
-    """The mode of fastopt that does what the peer does, or else the first that was measured."""
-    eight = "8-bit" in peer.contender or "8bit" in peer.precision
-    wanted = WITH_MASTERS.get(peer.contender, ()) if peer.precision != FP32 else ()
-    found = (*wanted, peer.precision, *MATCHES.get((peer.precision, eight), ()))
-    if eight:
-        found = (*MATCHES.get((peer.precision, eight), ()), *found)
-    return next((ours[mode] for mode in found if mode in ours), next(iter(ours.values())))
-
-
-def limit_of(timing: Timing, group: Iterable[Timing]) -> Timing | None:
-    """What shows how fast the memory is: the same mode's bare loop, or another's, or a copy."""
-    limits = [other for other in group if other.contender in (BOUND, COPY)]
-
-    def distance(limit: Timing) -> tuple[bool, bool]:
-        return limit.contender != BOUND, limit.precision != timing.precision
-
-    return min(limits, key=distance, default=None)
+def is_ours(timing: Timing) -> bool:
+    """Whether it is fastopt, be it in a variant, which is named after it."""
+    return timing.contender.startswith(OURS)
 
 
 def of_limit(timing: Timing, limit: Timing) -> float:
@@ -214,7 +194,7 @@ def draw_times(results: Results) -> Iterator[Picture]:
         for timing in group:
             if timing.precision != FP32 or timing.contender in (BOUND, COPY):
                 continue
-            n, limit = timing.elements, limit_of(timing, group)
+            n, limit = timing.elements, bound_of(timing, group)
             times = of_limit(timing, limit) if limit else None
             points.setdefault(timing.contender, {})[n] = (timing.median_ns / 1e6, times)
             if timing.workload not in names.setdefault(n, []):
@@ -356,7 +336,7 @@ def draw_modes(results: Results) -> Iterator[Picture]:
         if group[0].rule == CHIEF and len({t.precision for t in group if t.contender == OURS}) > 1:
             for timing in group:
                 if timing.contender not in (BOUND, COPY):
-                    pair = timing, limit_of(timing, group)
+                    pair = timing, bound_of(timing, group)
                     found.setdefault(timing.workload, []).append(pair)
     if not found:
         return
@@ -498,7 +478,7 @@ def draw_bandwidth(results: Results) -> Iterator[Picture]:
             if timing.contender != OURS or timing.regime != "memory":
                 continue
             if known is None or known[0].elements < timing.elements:
-                largest[timing.rule, timing.precision] = timing, limit_of(timing, group)
+                largest[timing.rule, timing.precision] = timing, bound_of(timing, group)
     rows = sorted(largest.values(), key=lambda row: row[0].rule != CHIEF)
     if not rows:
         return

@@ -96,8 +96,9 @@ class Skip:
     """A contender that did not run, and why."""
 
     contender: str
-    case: str  # what it was to do: rule, workload, precision
+    case: str  # what it was to do, see `case_of`
     reason: str
+    crashed: bool = False  # it raised, where others are not there or not able
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+        # Whoever is killed meanwhile leaves the file as it was.
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
+        new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -171,6 +175,45 @@ def ratios(timing: Timing, base: Timing) -> list[float]:
     if (timing.group, timing.clock) != (base.group, base.clock):
         raise ValueError("only those who took turns can be compared")
     return [a / b for a, b in zip(timing.samples_ns, base.samples_ns, strict=True)]
+
+
+def case_of(rule: str, workload: str, precision: str, operation: str = "") -> str:
+    """What a `Skip` says; without an operation it was for all of them."""
+    return ", ".join(filter(None, (rule, workload, precision, operation)))
+
+
+#: The mode of fastopt's whose precision is that of a peer, or the next better one.
+_SAME = {
+    "fp32": "fp32",
+    "fp32+8bit": "fp32+8bit",
+    "bf16": "none+bf16",
+    "bf16+8bit": "split+8bit",
+    "bf16+fp32 master": "split",
+    "fp16+fp32 master": "fp16-master",
+}
+
+
+def counterpart(peer: Timing, group: list[Timing]) -> Timing | None:
+    """fastopt's timing that a peer of the same group is to be compared with: of the same precision,
+    else the group's first."""
+    ours = [timing for timing in group if timing.contender == OURS]
+    same = [timing for timing in ours if timing.precision == _SAME.get(peer.precision)]
+    return next(iter(same + ours), None)
+
+
+def bound_of(timing: Timing, group: list[Timing]) -> Timing | None:
+    """What the memory allowed in the same run: at the same precision, else at another."""
+    limits = [other for other in group if other.contender in (BOUND, COPY)]
+    same = [other for other in limits if other.precision == timing.precision]
+    return next(iter(same + limits), None)
+
+
+def part_of_bound(timing: Timing, group: list[Timing]) -> float | None:
+    """The speed, in bytes that are needed, as a part of that of the bound."""
+    limit = bound_of(timing, group)
+    if limit is None or limit is timing:
+        return None
+    return ratio(limit, timing) * timing.needed_bytes / limit.needed_bytes
 
 
 _LISTS = {

@@ -32,8 +32,8 @@ from .contenders import Contender, Fastopt, Rule, tried
 from .measure import interleave
 from .memory import MASTERS, state_tensors, stored_bytes
 from .modes import Mode
-from .plots import STEP, described, limit_of, load
-from .records import OURS, Results, Slope, Timing
+from .plots import STEP, described, load
+from .records import OURS, Results, Slope, Timing, bound_of
 from .report import QUIET, digits, terminal
 from .workloads import Workload, many_small
 
@@ -269,7 +269,7 @@ class Source:
         near = [
             t for t in self.results.timings if (t.group, t.clock) == (timing.group, timing.clock)
         ]
-        return limit_of(timing, near) or timing
+        return bound_of(timing, near) or timing
 
     def speed(self) -> Speed:
         """Measured on gradients that stay; for training, where they are new each time."""
