@@ -28,7 +28,7 @@ from torch import Tensor
 from . import bound, clocks, contenders, machine, modes, workloads
 from .arguments import at_least, one_of
 from .clocks import DEVICE
-from .contenders import Contender, Fastopt, Rule, tried
+from .contenders import Contender, Rule, tried
 from .measure import interleave
 from .memory import MASTERS, state_tensors, stored_bytes
 from .modes import Mode
@@ -63,7 +63,6 @@ GRADIENTS = {"bf16": 2, "fp32": 4}  # bytes
 CLIP_STEP = "clip + step"
 RESULTS = Path(__file__).with_name("results")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-COUNTED = Workload("one tensor", "synthetic", ((2**20,),))  # its step number is 4 bytes more
 
 ALLOWED = 0.15  # how far a prediction may be off
 CHECKED = ("fp32", "split", "split+8bit")
@@ -76,6 +75,13 @@ LEFT_OUT = (
     "the memory or the links meanwhile. Of the communication only what the optimizer adds is here: "
     "not the reduction of the gradients, and not FSDP's gathering for forward and backward passes."
 )
+
+
+def workload(name: str, shapes: Sequence[tuple[int, ...]]) -> Workload:
+    return Workload(name, "synthetic", tuple(shapes))
+
+
+COUNTED = workload("one tensor", [(2**20,)])  # its step number is 4 bytes more
 
 
 class PlanError(Exception):
@@ -219,8 +225,11 @@ def hops(asked: Asked) -> int:
     return 0 if asked.sharding == NONE else 2 * math.ceil(math.log2(asked.gpus))
 
 
-def counted(kind: type[Mode], rule: Rule, clip_passes: int) -> Cost:
+def counted(kind: type[Mode], rule: Rule, clips: bool = False) -> Cost:
     """By a step on one large tensor.
+
+    Args:
+        clips: whether the step reads the gradients once more, for their norm.
 
     Raises:
         PlanError: the rule has no such mode.
@@ -232,7 +241,7 @@ def counted(kind: type[Mode], rule: Rule, clip_passes: int) -> Cost:
     except ValueError as error:
         raise PlanError(f"{rule.title}: {error}") from None
     kept = {part: size / COUNTED.elements for part, size in storages(contender).items()}
-    moved = bound.bytes_moved(bound.traffic(contender.optimizer), clip_passes)
+    moved = bound.bytes_moved(bound.traffic(contender.optimizer), int(clips))
     return Cost(**kept, moved=moved / COUNTED.elements)
 
 
@@ -429,10 +438,10 @@ def show(options: argparse.Namespace) -> None:
     rule = rules()[options.rule]
     source = find(options.results, options.mode, rule)
     limit = source.limit
-    passes = 0 if limit else Fastopt.clip_passes
-    cost = counted(MODES[options.mode], rule, passes)
+    clips = limit is None
+    cost = counted(MODES[options.mode], rule, clips)
     if options.grad_dtype:
-        cost = cost.with_gradients(GRADIENTS[options.grad_dtype], 1 + passes)
+        cost = cost.with_gradients(GRADIENTS[options.grad_dtype], 1 + clips)
     asked = Asked(
         params=options.params,
         gpus=options.gpus,
@@ -496,8 +505,8 @@ class Case:
 
     @property
     def here(self) -> Workload:
-        shapes = tuple((-(-first // self.gpus), *rest) for first, *rest in self.model.shapes)
-        return replace(self.model, shapes=shapes)
+        shapes = [(-(-first // self.gpus), *rest) for first, *rest in self.model.shapes]
+        return workload(self.name, shapes)
 
     @property
     def asked(self) -> Asked:
@@ -512,7 +521,7 @@ def cases() -> list[Case]:
 
 
 def millions(count: int) -> Workload:
-    return Workload(f"{count}M", "synthetic", ((1000, 1000),) * count)
+    return workload(f"{count}M", [(1000, 1000)] * count)
 
 
 @dataclass(frozen=True)
@@ -539,15 +548,15 @@ def checked(
     """
     gc.collect()  # optimizers are cyclic garbage, and the last ones' memory may be needed
     kind = MODES[mode]
-    cost = counted(kind, rule, Fastopt.clip_passes)
+    cost = counted(kind, rule, clips=True)
     first, *others = found
     turns = []
-    for name, workload in [(case.name, case.here) for case in found] + [(small.name, small)]:
-        params = replace(workload, dtype=kind.dtype).parameters(device)
+    for here in [*(case.here for case in found), small]:
+        params = replace(here, dtype=kind.dtype).parameters(device)
         contender = tried(kind, rule, params)
         contender.set_clip(True)
-        steps = max(1, min(MOST_STEPS, round(first.asked.shard / workload.elements)))
-        turns.append(Turn(name, contender, steps))
+        steps = max(1, min(MOST_STEPS, round(first.asked.shard / here.elements)))
+        turns.append(Turn(here.name, contender, steps))
     times = interleave(turns, rounds, lambda: None, clocks.of(device)[0])[DEVICE]
     samples = {turn.name: [ns / turn.steps for ns in times[turn.name]] for turn in turns}
     tensor_ns = [ns / len(small.shapes) for ns in samples[small.name]]
