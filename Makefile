@@ -14,7 +14,7 @@ test: $(READY)
 	$(RUN) -m pytest
 
 bench: $(READY)
-	$(RUN) -m bench
+	$(RUN) -m bench run
 
 lint: $(READY)
 	$(RUN) -m ruff check .

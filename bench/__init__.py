@@ -1,11 +1,11 @@
-"""Benchmarks: ``python -m bench`` on a CPU, ``python -m bench.gpu`` on a GPU.
+"""Benchmarks: ``python -m bench``, on a CPU or a GPU; the method is in METHOD.md.
 
-Of the precision modes, which ``modes`` lists, ``python -m bench.precision`` measures the speed on a
-CPU, ``bench.memory`` the memory, and ``bench.trajectories`` what they do to a training run.
+``workloads`` says what the optimizers run on, ``contenders`` and ``peers`` who runs, ``modes`` in
+which precision, ``bound`` what the memory allows. ``turns`` and ``isolate`` have them take turns,
+which ``measure`` times with ``clocks``; ``overhead`` is the host's time by the number of tensors,
+``footprints`` the memory, ``startup`` a process's first step. ``records`` are the results, of which
+``tables``, ``goals`` and ``compare`` tell.
 
-``workloads`` says what the optimizers run on, ``contenders`` who runs, ``bound`` what the memory
-allows, ``clocks`` and ``measure`` how it is timed, ``report`` how it is told; for a GPU,
-``gpu_report`` and ``gpu_picture`` are. ``overhead`` is the host's time by the number of tensors,
-``startup`` that of a process's first step. ``instructions`` counts instructions instead of time,
-and ``kernels`` (with ``offline`` and ``assembly``) those that the Triton kernels compile to.
+Programs of their own are ``demo`` and ``trajectories`` (training runs), ``instructions`` (counted
+instead of time), and ``kernels`` with ``offline`` and ``assembly`` (what Triton's compile to).
 """

@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .records import Results
+
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """An argument type: one of the names, in whatever case."""
@@ -37,3 +39,11 @@ def existing(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"there is no file {text}")
     return Path(text)
+
+
+def saved(text: str) -> tuple[Results, Path]:
+    """An argument type: results of a run, and where they are."""
+    try:
+        return Results.load(existing(text)), Path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -10,32 +10,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from . import native
-from .contenders import UnavailableError
+from .contenders import Contender, UnavailableError
 
-WORD = 4  # bytes
-CHUNK = 32 * 1024  # words
-MAX_UPDATED = 4  # as in bound.c
+CHUNK = 32 * 1024  # elements: what a thread takes at a time
+MAX_UPDATED = 8  # as in bound.c
 
 Traffic = list[tuple[Tensor, ...]]
 
 
-def traffic(optimizer: Optimizer) -> Traffic:
-    """Of each parameter: its gradient, which a step reads; itself and its states, which it updates.
+def traffic(contender: Contender) -> Traffic:
+    """Of each parameter: its gradient, which a step reads, and what it updates: the parameter
+    itself, its states, and a master that the optimizer has in its place.
 
-    The optimizer has made a step, so that the states exist.
+    The contender has made a step, so that the states exist.
     """
+    optimizer = contender.optimizer
+    optimized = [param for group in optimizer.param_groups for param in group["params"]]
     return [
-        (param.grad, param.detach(), *states(optimizer.state[param]))
-        for group in optimizer.param_groups
-        for param in group["params"]
+        (
+            param.grad,
+            param.detach(),
+            *([] if owned is param else [owned.detach()]),
+            *states(optimizer.state.get(owned, {})),
+        )
+        for param, owned in zip(contender.params, optimized, strict=True)
     ]
 
 
 def states(state: dict[str, Any]) -> Iterator[Tensor]:
-    """The states that have an element per parameter; ``step`` is one number."""
+    """The states that have elements for those of the parameter; ``step`` is one number."""
     for name, value in state.items():
         if name != "step":
             yield from tensors_of(value)
@@ -50,10 +55,10 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield from (part for part in parts if isinstance(part, Tensor))
 
 
-def bytes_moved(moved: Traffic, clip_passes: int) -> int:
-    """The least that one step moves, with so many more passes over the gradients for clipping."""
+def bytes_moved(moved: Traffic, clips: bool) -> int:
+    """The least that one step moves; a norm, for clipping, reads the gradients once more."""
     return sum(
-        grad.nbytes * (1 + clip_passes) + 2 * sum(tensor.nbytes for tensor in updated)
+        grad.nbytes * (1 + clips) + 2 * sum(tensor.nbytes for tensor in updated)
         for grad, *updated in moved
     )
 
@@ -63,58 +68,51 @@ def working_set(moved: Traffic) -> int:
     return sum(tensor.nbytes for tensors in moved for tensor in tensors)
 
 
-class Bound:
-    """A contender that reads and writes what a step does, and leaves the bits as they were."""
-
-    name = "bound"
-    clip = False
+class BareLoop:
+    """Reads and writes what a step does, and leaves the bits as they were."""
 
     def __init__(self, moved: Traffic) -> None:
-        self.updated = len(moved[0]) - 1
-        if self.updated > MAX_UPDATED or any(
-            not tensor.is_contiguous() or tensor.nbytes != tensors[0].nbytes or tensor.nbytes % WORD
-            for tensors in moved
-            for tensor in tensors
-        ):
-            raise UnavailableError(
-                f"the bare loop takes up to {MAX_UPDATED} updated arrays, all of the same size"
-            )
+        self.updated = max((len(tensors) - 1 for tensors in moved), default=0)
+        if self.updated > MAX_UPDATED:
+            raise UnavailableError(f"the bare loop updates up to {MAX_UPDATED} arrays")
+        if not all(tensor.is_contiguous() for tensors in moved for tensor in tensors):
+            raise UnavailableError("the bare loop takes contiguous arrays")
         self.loop = native.load("bound.c").bound
         self.loop.argtypes = [
             *(ctypes.c_void_p, ctypes.c_int64),  # the chunks
-            *(ctypes.c_int, ctypes.c_int, ctypes.c_uint32, ctypes.c_int),
+            *(ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int),
         ]
         self.moved = moved  # keeps the gradients' memory, too, where new ones take their place
         self.chunks = array("q")
+        self.n_chunks = 0
         for tensors in moved:
-            addresses = [tensor.data_ptr() for tensor in tensors]
-            for begin in range(0, tensors[0].nbytes, CHUNK * WORD):
-                words = min(CHUNK, (tensors[0].nbytes - begin) // WORD)
-                self.chunks.extend([words, *(address + begin for address in addresses)])
-                self.chunks.extend([0] * (MAX_UPDATED - self.updated))
-        self.n_chunks = len(self.chunks) // (MAX_UPDATED + 2)
+            elements = tensors[0].numel()
+            for begin in range(0, elements, CHUNK):
+                end = min(begin + CHUNK, elements)
+                self.n_chunks += 1
+                self.chunks.append(end - begin)
+                for tensor in tensors:
+                    first, last = (tensor.nbytes * at // elements for at in (begin, end))
+                    width = tensor.element_size() if tensor.numel() == elements else 0
+                    self.chunks.extend([tensor.data_ptr() + first, last - first, width])
+                self.chunks.extend([0, 0, 0] * (MAX_UPDATED + 1 - len(tensors)))
 
-    def set_clip(self, clip: bool) -> None:
-        self.clip = clip
-
-    def run(self) -> None:
+    def run(self, clips: bool) -> None:
         address, _ = self.chunks.buffer_info()
         mask = 0
-        self.loop(address, self.n_chunks, self.updated, self.clip, mask, torch.get_num_threads())
+        self.loop(address, self.n_chunks, self.updated, clips, mask, torch.get_num_threads())
 
 
 class Copy:
-    """A contender that copies within the device's memory, whatever the others do."""
-
-    name = "copy"
+    """Copies within the device's memory, whatever the others do."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.source = torch.ones(size, dtype=torch.uint8, device=device)
         self.target = torch.empty_like(self.source)
-        self.bytes_moved = 2 * size  # read and written
 
-    def set_clip(self, clip: bool) -> None:
-        pass
+    @property
+    def bytes_moved(self) -> int:
+        return self.source.nbytes + self.target.nbytes
 
     def run(self) -> None:
         self.target.copy_(self.source)

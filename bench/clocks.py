@@ -5,6 +5,8 @@ from time import perf_counter_ns
 
 import torch
 
+from . import workloads
+
 Run = Callable[[], None]
 Clock = Callable[[Run], dict[str, int]]
 
@@ -50,14 +52,14 @@ class DeviceClock:
         return {DEVICE: round(1e6 * start.elapsed_time(end))}
 
 
-def of(device: torch.device) -> tuple[Clock, Clock]:
-    """A clock that tells `DEVICE`, and one that tells `HOST` and `WALL`.
+def of(device: torch.device, elements: int) -> list[Clock]:
+    """The clocks that tell something about a step over so many elements.
 
-    On a CPU, which is busy until the call returns, all of them are the same.
+    On a CPU, which is busy until the call returns, there is but one time. On a GPU, what matters of
+    small tensors is the host's, and of large ones the device's.
     """
-    if device.type == "cuda":
-        return DeviceClock(), host_and_wall
-    return (
-        lambda run: {DEVICE: wall(run)[WALL]},
-        lambda run: dict.fromkeys((HOST, WALL), wall(run)[WALL]),
-    )
+    if device.type != "cuda":
+        return [wall]
+    if elements <= workloads.SMALL:
+        return [host_and_wall]
+    return [DeviceClock()] if elements >= workloads.LARGE else [DeviceClock(), host_and_wall]

@@ -1,11 +1,8 @@
-"""Who is measured: fastopt, torch.optim in its two fast forms, and other packages."""
+"""Who is measured: what a contender is, and fastopt as one. The others are in `peers`."""
 
-import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +18,14 @@ MAX_NORM = 1.0
 
 class UnavailableError(Exception):
     """A contender cannot run here; the message is the reason."""
+
+
+def told(error: BaseException) -> str:
+    """An error in a line: a package's may have many."""
+    first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
+    if isinstance(error, UnavailableError):
+        return first_line
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,12 @@ class Contender(ABC):
     """One way to do the optimizer's work of an iteration on given parameters."""
 
     name: ClassVar[str]
-    #: How many more passes over the gradients, reads or writes, a step makes where it clips.
-    clip_passes: ClassVar[int]
+    #: What it keeps beside parameters of a dtype, as an addition to the name of that dtype.
+    adds: ClassVar[str] = ""
+    #: Whether what it loads or starts in a process would change the times of others there.
+    own_process: ClassVar[bool] = False
+    #: Whether a step takes so long that fewer rounds must do.
+    slow: ClassVar[bool] = False
     clip = False
 
     def __init__(self, rule: Rule, params: list[Tensor]) -> None:
@@ -66,38 +75,46 @@ class Contender(ABC):
         """The optimizer of ``self.params``, or `UnavailableError`."""
 
     def set_clip(self, clip: bool) -> None:
-        """Choose between step alone and clip + step."""
+        """Chooses between step alone and clip + step."""
         self.clip = clip
 
     def run(self) -> None:
         """The optimizer's turn in an iteration, which is what is timed."""
         self.optimizer.step()
 
+    @abstractmethod
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        """What `run_scaled` needs, or `UnavailableError`."""
 
-def tried(kind: type[Contender], rule: Rule, params: list[Tensor]) -> Contender:
-    """A contender that has made a step, or `UnavailableError`, whatever a package may raise."""
-    try:
-        contender = kind(rule, params)
-        contender.run()
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".: ")
-        raise UnavailableError(first_line or type(error).__name__) from error
-    return contender
+    def run_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        """The turn where gradients are scaled: unscale, clip, step. Others may do it in fewer
+        calls."""
+        scaler.step(self.optimizer)
+        scaler.update()
 
 
 class Fastopt(Contender):
     name = "fastopt"
-    clip_passes = 1
-    #: Of a precision mode, see `modes`.
-    settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def build(self, rule: Rule) -> Optimizer:
-        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **self.settings, **rule.flags)
+        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
         return optimizer
 
     def set_clip(self, clip: bool) -> None:
         for group in self.optimizer.param_groups:
             group["max_norm"] = MAX_NORM if clip else None
+
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        return fastopt.GradScaler(device)
+
+
+class FastoptTorchScaler(Fastopt):
+    """The same with torch's scaler, which differs only where there is one."""
+
+    name = "fastopt, torch's GradScaler"
+
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device)
 
 
 class ClipsApart(Contender):
@@ -107,127 +124,18 @@ class ClipsApart(Contender):
     round on, which changes nobody's work or traffic.
     """
 
-    clip_passes = 3  # the norm reads, the scaling reads and writes
-
     def run(self) -> None:
         if self.clip:
             clip_grad_norm_(self.params, MAX_NORM)
         self.optimizer.step()
 
+    def new_scaler(self, device: str) -> torch.amp.GradScaler:
+        if type(self).run is not ClipsApart.run:
+            raise UnavailableError("it has no step under a GradScaler here")
+        return torch.amp.GradScaler(device)
 
-class Torch(ClipsApart):
-    """torch.optim's class of the same name, with one implementation chosen."""
-
-    implementation: ClassVar[str]
-
-    def build(self, rule: Rule) -> Optimizer:
-        peer = getattr(torch.optim, rule.title, None)
-        if peer is None or self.implementation not in inspect.signature(peer).parameters:
-            raise UnavailableError(f"torch has no {self.implementation} {rule.title}")
-        optimizer: Optimizer = peer(self.params, lr=LR, **{self.implementation: True}, **rule.flags)
-        return optimizer
-
-
-class TorchFused(Torch):
-    name = "torch fused"
-    implementation = "fused"
-
-
-class TorchForeach(Torch):
-    name = "torch foreach"
-    implementation = "foreach"
-
-
-class MastersByHand(ClipsApart):
-    """What users write around torch's fused optimizer for parameters of 16 bits."""
-
-    name = "torch fused, masters by hand"
-
-    def build(self, rule: Rule) -> Optimizer:
-        self.masters = [param.detach().float().requires_grad_() for param in self.params]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        return TorchFused(rule, self.masters).optimizer
-
-    @torch.no_grad()
-    def run(self) -> None:
-        torch._foreach_copy_([m.grad for m in self.masters], [p.grad for p in self.params])
-        if self.clip:
-            clip_grad_norm_(self.masters, MAX_NORM)
-        self.optimizer.step()
-        torch._foreach_copy_(self.params, self.masters)
-
-
-class Package(ClipsApart):
-    """Another package's optimizer, where that is installed; its own defaults."""
-
-    module: ClassVar[str]
-    #: By the rule's title: the class, and what makes it that rule.
-    classes: ClassVar[Mapping[str, tuple[str, Mapping[str, Any]]]]
-
-    def build(self, rule: Rule) -> Optimizer:
-        try:
-            module = importlib.import_module(self.module)
-        except ImportError as error:
-            raise UnavailableError(str(error)) from None
-        if rule.title not in self.classes:
-            raise UnavailableError(f"it has no {rule.title}")
-        name, settings = self.classes[rule.title]
-        settings = {"lr": LR, **settings, **self.more_settings(), **rule.flags}
-        optimizer: Optimizer = getattr(module, name)(self.params, **settings)
-        return optimizer
-
-    def more_settings(self) -> dict[str, Any]:
-        """What it has to be told about these parameters."""
-        return {}
-
-
-class Optimi(Package):
-    name = "optimi"
-    module = "optimi"
-    classes = MappingProxyType({title: (title, {}) for title in ("SGD", "Adam", "AdamW")})
-
-
-class FlashOptim(Package):
-    name = "flashoptim"
-    module = "flashoptim"
-    classes = MappingProxyType({title: (f"Flash{title}", {}) for title in ("SGD", "Adam", "AdamW")})
-
-    def more_settings(self) -> dict[str, Any]:
-        # Its default, 24 bits, is an error where there is nothing to be saved.
-        return {"master_weight_bits": None} if self.params[0].dtype == torch.float32 else {}
-
-
-class BitsAndBytes(Package):
-    name = "bitsandbytes"
-    module = "bitsandbytes.optim"
-    classes = MappingProxyType(
-        {title: (title, {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
-    )
-
-
-class BitsAndBytes8Bit(Package):
-    name = "bitsandbytes 8-bit"
-    module = "bitsandbytes.optim"
-    classes = MappingProxyType(
-        {title: (f"{title}8bit", {}) for title in ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW")}
-    )
-
-
-class Apex(Package):
-    name = "apex"
-    module = "apex.optimizers"
-    classes = MappingProxyType(
-        {
-            "SGD": ("FusedSGD", {}),
-            "Adagrad": ("FusedAdagrad", {}),
-            "Adam": ("FusedAdam", {"adam_w_mode": False}),
-            "AdamW": ("FusedAdam", {"adam_w_mode": True}),
-        }
-    )
-
-
-class TorchAO(Package):
-    name = "torchao 8-bit"
-    module = "torchao.optim"
-    classes = MappingProxyType({"Adam": ("Adam8bit", {}), "AdamW": ("AdamW8bit", {})})
+    def run_scaled(self, scaler: torch.amp.GradScaler) -> None:
+        """torch's three calls."""
+        scaler.unscale_(self.optimizer)
+        clip_grad_norm_(self.params, MAX_NORM)
+        super().run_scaled(scaler)

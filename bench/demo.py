@@ -29,8 +29,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 import fastopt
 from bench.arguments import at_least
+from bench.footprints import state_tensors, stored_bytes
 from bench.gpt import GPT, GPTConfig
-from bench.memory import state_tensors, stored_bytes
 
 MAX_NORM = 1.0
 TEXT_BYTES = 4_000_000

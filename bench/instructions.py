@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from . import machine, native
-from .contenders import Contender, Fastopt, TorchFused, UnavailableError, rules
+from .contenders import Contender, Fastopt, UnavailableError, rules
+from .peers import TorchFused
 from .workloads import many_small
 
 COUNTS = (100, 300)  # tensors

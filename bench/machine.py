@@ -93,6 +93,23 @@ def kibibytes(size: str) -> int:
     return int(size.rstrip("KMG")) * units.get(size[-1], 1)
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Of the last level; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    size = last_level_cache()
+    return 1024 * kibibytes(size) if size else 0
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still have."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    free = int(re.search(r"MemAvailable:\s*(\d+)", read("/proc/meminfo"))[1]) * 1024
+    limit, used = (read(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    return min(free, int(limit) - int(used)) if limit.isdecimal() and used else free
+
+
 def transparent_hugepages() -> str:
     match = re.search(r"\[(\w+)\]", read("/sys/kernel/mm/transparent_hugepage/enabled"))
     return match[1] if match else ""

@@ -1,188 +1,229 @@
-"""Interleaved timing: all contenders take turns within one run.
+"""Interleaved timing: all contenders take turns within one run, in a new order each round.
 
-They take turns on the same tensors, too: parameters, gradients and states. Where the system happens
-to put an array in memory makes a difference of up to a fifth, which lasts as long as the array does
-and would be taken for a difference between contenders. Nobody gains from what another left in the
-cache: the large workloads do not fit there, and small ones would stay there anyway.
-
-The time of a contender is its median over the rounds. A ratio is the median over the rounds of the
-ratio within one round, whose two times were taken a moment apart: where another process slows the
-machine for a while, it slows both. Quartiles are given beside each.
+They take turns on the same tensors, too: parameters, gradients and states, as far as their dtypes
+allow. Where the system happens to put an array in memory makes a difference of up to a fifth, which
+lasts as long as the array does and would be taken for a difference between contenders. Nobody gains
+from what another left in the cache: the large workloads do not fit there, and small ones would stay
+there anyway. Parameters of 16 bits are fastopt's own in each mode: it would take one that others
+have written as a new one, without its master. See METHOD.md.
 """
+
+from __future__ import annotations
 
 import gc
 import random
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from statistics import quantiles
-from typing import Protocol
+from itertools import count
+from typing import Any
 
-from . import bound
-from .clocks import Clock, wall
-from .contenders import Contender, Fastopt, Rule, TorchForeach, TorchFused, UnavailableError
-from .workloads import Workload
+import torch
+from torch import Tensor
+
+from . import clocks, machine
+from .contenders import Fastopt, FastoptTorchScaler, Rule, UnavailableError, told
+from .isolate import Remote
+from .modes import Case
+from .records import BOUND, COPY, Skip, Timing, case_of
+from .turns import OPERATIONS, UNSCALE, Bound, Copy, Local, Turn
+from .workloads import Gradients, Workload, doubles
 
 WARMUP = 2  # rounds: plans are built, caches filled, threads awake
-PEERS: tuple[type[Contender], ...] = (TorchFused, TorchForeach)
-NAMES = [Fastopt.name, *(peer.name for peer in PEERS), bound.Bound.name]
-OPERATIONS = {"step": False, "clip + step": True}  # whether it clips
+SLOW_ROUNDS = 3
+SMALL_FACTOR = 4  # rounds of small workloads are cheap, and their times scatter more
+#: Seconds: for how long threads that have nothing to do may be waiting in a loop, and keep a core
+#: from another process.
+SETTLING = 0.02
+IN_CACHE, IN_MEMORY = 1 / 2, 4  # of the last level cache: up to the one, and from the other on
 
-
-class Turn(Protocol):
-    """What the stopwatch sees of a contender."""
-
-    @property
-    def name(self) -> str: ...
-    def run(self) -> None: ...
-
-
-class Timed(Turn, Protocol):
-    """One that steps with and without clipping."""
-
-    def set_clip(self, clip: bool) -> None: ...
+Samples = dict[str, list[int]]  # nanoseconds, by what they are
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender's result; ratios are to fastopt's time: above 1, fastopt is faster."""
+class Group:
+    """Contenders who are to take turns."""
 
-    rule: str
-    workload: str
-    dtype: str
-    operation: str
-    clock: str
-    contender: str
-    rounds: int
-    median_ns: float
-    quartiles_ns: tuple[float, float]
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    bytes_per_element: float  # that the operation needs, whatever else the contender moves
-    gb_per_s: float
-    working_set_mb: float
+    rule: Rule
+    workload: Workload
+    cases: Sequence[Case]
+    operations: Sequence[str] = OPERATIONS
+    rounds: int = 11
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    fresh_gradients: bool = True
+    copied: int = 0  # bytes of the bare copy on a GPU
+    with_bound: bool = True
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A contender that could not run, and why."""
-
-    rule: str
-    contender: str
-    reason: str
+#: Groups are numbered as they come.
+numbers = count()
 
 
-def measure(
-    rule: Rule,
-    workload: Workload,
-    rounds: int,
-    operations: Sequence[str] = tuple(OPERATIONS),
-    peers: Sequence[type[Contender]] = PEERS,
-    with_bound: bool = True,
-) -> Iterator[Row | Skip]:
-    """The rows of one rule on one workload, an operation at a time."""
-    gc.collect()  # optimizers are cyclic garbage, and the last ones' memory may be needed
-    params = workload.parameters()
-    ours = Fastopt(rule, params)
-    ours.run()
-    contenders: list[Timed] = [ours]
-    for kind in peers:
+def measure(group: Group) -> Iterator[Timing | Skip]:
+    """An operation at a time. Those that are slow have rounds of their own, with fastopt."""
+    release(group.device)
+    rounds = group.rounds * (SMALL_FACTOR if group.workload.small else 1)
+    with ExitStack() as stack:
+        turns: dict[Turn, Case] = {}
+        yield from prepare(group, turns, stack)
+        every = [*turns, *bounds(group, turns)]
+        slow = {
+            turn
+            for turn, case in turns.items()
+            if case.kind.slow and group.device.type == "cpu" and not group.workload.small
+        }
+        ours = [turn for turn, case in turns.items() if issubclass(case.kind, Fastopt)]
+        quick = [turn for turn in every if turn not in slow]
+        for operation in group.operations:
+            yield from compare(group, operation, quick, rounds)
+            if slow:
+                several = [
+                    turn for turn in every if turn in slow or turn in ours or turn.name == BOUND
+                ]
+                yield from compare(group, operation, several, min(rounds, SLOW_ROUNDS))
+
+
+def prepare(group: Group, turns: dict[Turn, Case], stack: ExitStack) -> Iterator[Skip]:
+    """Puts those that can take turns into ``turns``, and yields the others."""
+    workload, device = group.workload, group.device
+    common: dict[torch.dtype, tuple[list[Tensor], Gradients | None]] = {}
+    pool: dict[Any, Tensor] = {}
+    stopwatches = clocks.of(device, workload.elements)
+    for case in group.cases:
         try:
-            peer = kind(rule, params)
-        except UnavailableError as reason:
-            yield Skip(rule.name, kind.name, str(reason))
+            if case.kind.own_process:
+                turn: Turn = Remote(case, group.rule, workload, device)
+            else:
+                if case.dtype not in common:
+                    params = workload.parameters(device, case.dtype)
+                    gradients = Gradients(workload, params) if group.fresh_gradients else None
+                    common[case.dtype] = params, gradients
+                params, gradients = common[case.dtype]
+                if case.dtype != torch.float32:
+                    params = doubles(params)
+                turn = Local(case, group.rule, params, gradients, stopwatches)
+                turn.share_states(pool)
+        except Exception as error:
+            yield skip(group, case, error)
         else:
-            peer.optimizer.state = ours.optimizer.state
-            contenders.append(peer)
-    moved = bound.traffic(ours.optimizer)
-    if with_bound:
-        try:
-            contenders.append(bound.Bound(moved))
-        except UnavailableError as reason:
-            yield Skip(rule.name, bound.Bound.name, str(reason))
-    prepare = partial(workload.renew_gradients, params)
-    for operation in operations:
-        clip = OPERATIONS[operation]
-        needed = bound.bytes_moved(moved, Fastopt.clip_passes if clip else 0)
-        yield from compare(
-            rule,
-            workload,
-            operation,
-            contenders,
-            dict.fromkeys((contender.name for contender in contenders), needed),
-            bound.working_set(moved),
-            rounds,
-            prepare,
-        )
+            stack.callback(turn.close)
+            turns[turn] = case
+        release(device)
+
+
+def bounds(group: Group, turns: dict[Turn, Case]) -> Iterator[Turn]:
+    """What the memory allows: on a CPU, of each precision of fastopt's."""
+    if not group.with_bound:
+        return
+    if group.device.type == "cuda":
+        if not group.workload.small:
+            yield Copy(group.device, group.copied, clocks.of(group.device, group.workload.elements))
+        return
+    for turn, case in turns.items():
+        if case.kind is Fastopt and isinstance(turn, Local):
+            yield Bound(turn)
 
 
 def compare(
-    rule: Rule,
-    workload: Workload,
-    operation: str,
-    contenders: Sequence[Timed],
-    needed: Mapping[str, int],
-    working_set: int,
-    rounds: int,
-    prepare: Callable[[], None],
-    clock: Clock = wall,
-) -> Iterator[Row]:
-    """The rows of one operation.
-
-    Args:
-        contenders: fastopt first.
-        needed: the bytes that each of them has to move.
-        working_set: the bytes that they touch.
-        prepare, clock: see `interleave`.
-    """
-    for contender in contenders:
-        contender.set_clip(OPERATIONS[operation])
-    for what, samples in interleave(contenders, rounds, prepare, clock).items():
-        for name, times in samples.items():
-            low, median, high = quantiles(times, n=4, method="inclusive")
-            ratios = [a / b for a, b in zip(times, samples[contenders[0].name], strict=True)]
-            ratio_low, ratio, ratio_high = quantiles(ratios, n=4, method="inclusive")
-            yield Row(
-                rule=rule.name,
-                workload=workload.name,
-                dtype=str(workload.dtype).removeprefix("torch."),
-                operation=operation,
-                clock=what,
-                contender=name,
-                rounds=rounds,
-                median_ns=median,
-                quartiles_ns=(low, high),
-                ratio=round(ratio, 4),
-                ratio_quartiles=(round(ratio_low, 4), round(ratio_high, 4)),
-                bytes_per_element=round(needed[name] / workload.elements, 2),
-                gb_per_s=round(needed[name] / median, 2),
-                working_set_mb=round(working_set / 1e6, 1),
-            )
+    group: Group, operation: str, turns: Sequence[Turn], rounds: int
+) -> Iterator[Timing | Skip]:
+    """The timings of one operation; of a turn that raises, the reason."""
+    able: list[Turn] = []
+    for turn in turns:
+        if turn.name == FastoptTorchScaler.name and operation != UNSCALE:
+            continue
+        try:
+            turn.operate(operation)
+        except Exception as error:
+            yield skip(group, turn, error, operation)
+        else:
+            able.append(turn)
+    number = next(numbers)
+    cache = machine.cache_bytes(group.device)
+    for clock in range(len(clocks.of(group.device, group.workload.elements))):
+        found, failed = interleave(able, rounds, clock)
+        for turn, error in failed.items():
+            able.remove(turn)
+            yield skip(group, turn, error, operation)
+        for turn, samples in found.items():
+            for what, times in samples.items():
+                if turn.name == COPY and what != clocks.DEVICE:
+                    continue  # it says something about the device's time alone
+                yield Timing(
+                    group=number,
+                    rule=group.rule.name,
+                    workload=group.workload.name,
+                    tensors=len(group.workload.shapes),
+                    elements=group.workload.elements,
+                    operation=operation,
+                    clock=what,
+                    contender=turn.name,
+                    precision=turn.precision,
+                    samples_ns=times,
+                    needed_bytes=turn.needed(operation),
+                    working_set_bytes=turn.working_set,
+                    regime=regime(turn.working_set, cache),
+                    own_process=turn.own_process,
+                )
 
 
 def interleave(
-    contenders: Sequence[Turn], rounds: int, prepare: Callable[[], None], clock: Clock
-) -> dict[str, dict[str, list[int]]]:
-    """Nanoseconds of every round, by what they are and by contender.
+    turns: Sequence[Turn], rounds: int, clock: int
+) -> tuple[dict[Turn, Samples], dict[Turn, Exception]]:
+    """The samples of those who took all their turns, and why the others did not.
 
     Args:
-        prepare: what an iteration does before the optimizer's turn; not timed.
-        clock: times one turn.
+        clock: the number of the one that tells.
     """
-    samples: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    samples: dict[Turn, Samples] = {turn: defaultdict(list) for turn in turns}
+    failed: dict[Turn, Exception] = {}
+    settling = SETTLING if len({turn.own_process for turn in turns}) > 1 else 0
     order = random.Random(0)
+    with no_garbage_collection():
+        for number in range(WARMUP + rounds):
+            # A new order each time: nobody always follows the same one.
+            for turn in order.sample(turns, len(turns)):
+                if turn in failed:
+                    continue
+                time.sleep(settling)
+                try:
+                    times = turn.take(clock, number)
+                except Exception as error:
+                    failed[turn] = error
+                    del samples[turn]
+                    continue
+                if number >= WARMUP:
+                    for what, elapsed in times.items():
+                        samples[turn][what].append(elapsed)
+    return samples, failed
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        for number in range(WARMUP + rounds):
-            # A new order each time: nobody always follows the same one.
-            for contender in order.sample(contenders, len(contenders)):
-                prepare()
-                times = clock(contender.run)
-                if number >= WARMUP:
-                    for what, elapsed in times.items():
-                        samples[what][contender.name].append(elapsed)
+        yield
     finally:
         gc.enable()
-    return samples
+
+
+def skip(group: Group, who: Case | Turn, error: Exception, operation: str = "") -> Skip:
+    case = case_of(group.rule.name, group.workload.name, who.precision, operation)
+    return Skip(who.name, case, told(error), crashed=not isinstance(error, UnavailableError))
+
+
+def regime(size: int, cache: int) -> str:
+    """Where a working set of so many bytes is."""
+    if size <= IN_CACHE * cache:
+        return "cache"
+    return "memory" if size >= IN_MEMORY * cache else "between"
+
+
+def release(device: torch.device) -> None:
+    """Frees the memory of optimizers that are no more: they are cyclic garbage."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

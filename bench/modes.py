@@ -1,42 +1,55 @@
 """fastopt's precision modes, by the names that the benchmarks give them."""
 
-from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .contenders import Contender, Fastopt
+from .contenders import Contender, Fastopt, Rule
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class Mode(Fastopt):
-    """fastopt with settings for parameters of one dtype."""
+@dataclass(frozen=True, eq=False)
+class Mode:
+    """Settings of a fastopt optimizer, for parameters of one dtype."""
 
-    title: ClassVar[str]
-    dtype: ClassVar[torch.dtype]
-
-
-def mode(title: str, dtype: torch.dtype, **settings: Any) -> type[Mode]:
-    members = {"name": f"fastopt, {title}", "title": title, "dtype": dtype}
-    return type("Mode", (Mode,), {**members, "settings": MappingProxyType(settings)})
+    name: str
+    dtype: torch.dtype
+    settings: Mapping[str, Any]
 
 
-def bf16(title: str, **settings: Any) -> type[Mode]:
-    return mode(f"bf16 + {title}", torch.bfloat16, **settings)
+def mode(name: str, dtype: torch.dtype, **settings: Any) -> Mode:
+    return Mode(name, dtype, settings)
+
+
+def bf16(name: str, **settings: Any) -> Mode:
+    return mode(name, torch.bfloat16, **settings)
 
 
 FP32 = mode("fp32", torch.float32)
-FP32_8BIT = mode("fp32 + 8-bit states", torch.float32, state_dtype="8bit")
+FP32_8BIT = mode("fp32+8bit", torch.float32, state_dtype="8bit")
 SPLIT = bf16("split", master_weights="split")
-SPLIT_BF16 = bf16("split + bf16 states", master_weights="split", state_dtype=torch.bfloat16)
-SPLIT_8BIT = bf16("split + 8-bit states", master_weights="split", state_dtype="8bit")
-FULL = bf16("fp32 master", master_weights="fp32")
+SPLIT_BF16 = bf16("split+bf16", master_weights="split", state_dtype=torch.bfloat16)
+SPLIT_8BIT = bf16("split+8bit", master_weights="split", state_dtype="8bit")
+MASTER = bf16("master", master_weights="fp32")
 STOCHASTIC = bf16("stochastic", master_weights="stochastic")
-STOCHASTIC_8BIT = bf16("stochastic + 8-bit states", master_weights="stochastic", state_dtype="8bit")
-PLAIN = bf16("no master", master_weights=None)
-PLAIN_BF16 = bf16("no master + bf16 states", master_weights=None, state_dtype=torch.bfloat16)
-FP16_FULL = mode("fp16 + fp32 master", torch.float16, master_weights="fp32")
+STOCHASTIC_8BIT = bf16("stochastic+8bit", master_weights="stochastic", state_dtype="8bit")
+NONE = bf16("none", master_weights=None)
+NONE_BF16 = bf16("none+bf16", master_weights=None, state_dtype=torch.bfloat16)
+FP16_MASTER = mode("fp16-master", torch.float16, master_weights="fp32")
+
+MODES = {
+    each.name: each
+    for each in (
+        *(FP32, FP32_8BIT, SPLIT, SPLIT_BF16, SPLIT_8BIT, MASTER),
+        *(STOCHASTIC, STOCHASTIC_8BIT, NONE, NONE_BF16, FP16_MASTER),
+    )
+}
 
 
 class Case(NamedTuple):
@@ -44,18 +57,21 @@ class Case(NamedTuple):
 
     kind: type[Contender]
     dtype: torch.dtype
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Who it is, and the precision."""
-        if issubclass(self.kind, Mode):
-            return Fastopt.name, self.kind.title
-        return self.kind.name, SHORT[self.dtype]
+    mode: Mode | None = None  # fastopt's
 
     @property
     def name(self) -> str:
-        return ", ".join(self.names)
+        return self.kind.name
+
+    @property
+    def precision(self) -> str:
+        return self.mode.name if self.mode else SHORT[self.dtype] + self.kind.adds
+
+    def make(self, rule: Rule, params: list[Tensor]) -> Contender:
+        if self.mode:
+            rule = Rule(rule.optimizer, {**rule.flags, **self.mode.settings})
+        return self.kind(rule, params)
 
 
-def cases(*modes: type[Mode]) -> list[Case]:
-    return [Case(mode, mode.dtype) for mode in modes]
+def ours(*modes: Mode, kind: type[Contender] = Fastopt) -> list[Case]:
+    return [Case(kind, mode.dtype, mode) for mode in modes]

@@ -4,46 +4,55 @@ The slope leaves out what a step costs once. It includes the update of 64 elemen
 has, which is small beside the work of finding them: an upper bound on the overhead.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from statistics import linear_regression
 
-from .contenders import Rule
-from .measure import Row, Skip
-from .workloads import Workload, many_small
+from .clocks import HOST
+from .measure import Group, measure
+from .records import Skip, Slope
+from .turns import STEP
+from .workloads import many_small
 
 COUNTS = (500, 1000, 2000, 4000)
-OPERATION = "step"
 
 
-@dataclass(frozen=True)
-class Slope:
-    """Time per step = ``fixed_us`` + ``us_per_tensor`` x tensors, by least squares on medians."""
-
-    rule: str
-    contender: str
-    us_per_tensor: float
-    fixed_us: float
-    medians_us: dict[int, float]  # by number of tensors
-
-
-def sweep(
-    rule: Rule, measure: Callable[[Workload], Iterable[Row | Skip]], clock: str
-) -> Iterator[Slope | Skip]:
-    """The slope of each contender on one rule.
+def sweep(group: Group, fresh: bool) -> Iterator[Slope | Skip]:
+    """The slope of each contender of a group, whose workload does not matter.
 
     Args:
-        measure: the rows of a workload, of `OPERATION` alone.
-        clock: which of them count.
+        fresh: whether each step gets new gradients, as after ``zero_grad``.
     """
-    medians: dict[str, dict[int, float]] = defaultdict(dict)
+    medians: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    skips: dict[str, Skip] = {}
     for count in COUNTS:
-        for result in measure(many_small(count)):
+        steps = replace(
+            group,
+            workload=many_small(count),
+            operations=[STEP],
+            fresh_gradients=fresh,
+            with_bound=False,
+        )
+        for result in measure(steps):
             if isinstance(result, Skip):
-                yield result
-            elif result.clock == clock:
-                medians[result.contender][count] = result.median_ns / 1e3
-    for contender, points in medians.items():
-        slope, fixed = linear_regression(list(points), list(points.values()))
-        yield Slope(rule.name, contender, round(slope, 4), round(fixed, 1), points)
+                skips[result.contender] = result
+            elif result.clock == HOST or group.device.type == "cpu":
+                who = result.contender, result.precision, result.clock
+                medians[who][str(count)] = result.median_ns / 1e3
+    yield from skips.values()
+    for (contender, precision, clock), points in medians.items():
+        if len(points) == len(COUNTS):
+            slope, fixed = linear_regression(COUNTS, list(points.values()))
+            yield Slope(
+                rule=group.rule.name,
+                contender=contender,
+                precision=precision,
+                gradients="fresh" if fresh else "kept",
+                clock=clock,
+                us_per_tensor=round(slope, 4),
+                fixed_us=round(fixed, 1),
+                medians_us=points,
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,24 +15,25 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from . import goals
+from .arguments import saved
 from .plots import (
     CHIEF,
     DPI,
     DRAWN,
     FP32,
-    STEP,
     Picture,
     Versus,
     comparisons,
     described,
-    load,
     main_clock,
     main_groups,
     of_limit,
     quartiles,
 )
 from .records import BOUND, COPY, OURS, Results, Timing, bound_of
-from .report import GOAL_COLUMNS, QUIET, digits, goal_lines
+from .tables import QUIET, digits, goal_lines
+from .turns import STEP
 
 HELP = "write a run's tables and pictures as one HTML page"
 
@@ -74,7 +74,7 @@ class Section:
     goals: Table | None
 
 
-def section(number: int, path: Path, results: Results) -> Section:
+def section(number: int, results: Results, path: Path) -> Section:
     drawn = {what: list(draw(results)) for what, draw in DRAWN.items()}
     return Section(
         anchor=f"run-{number}",
@@ -347,16 +347,14 @@ def timing_line(timing: Timing, group: list[Timing], versus: Versus | None) -> l
 
 
 def goal_table(results: Results) -> Table | None:
-    """The goals, where the project states some."""
-    try:
-        from . import goals
-    except ImportError:
-        return None
+    """The goals for which something was measured."""
     lines = [
         [Cell(cell.text, cell.loses, number=False) for cell in line]
-        for line in goal_lines(goals.goals(results))
+        for line in goal_lines(goals.of(results))
     ]
-    return Table("Goals", GOAL_COLUMNS, [("", lines)])
+    if not lines:
+        return None
+    return Table("Goals", ("case", "goal", "bound", "measured", ""), [("", lines)])
 
 
 def words(*texts: str) -> list[Cell]:
@@ -414,7 +412,7 @@ def render(sections: list[Section], method: str = "") -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "results", type=Path, nargs="+", metavar="RESULTS.json", help="of `bench run`"
+        "results", type=saved, nargs="+", metavar="RESULTS.json", help="of `bench run`"
     )
     parser.add_argument(
         "--output",
@@ -425,13 +423,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    try:
-        loaded = [(path, load(path)) for path in options.results]
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    sections = [section(number, *found) for number, found in enumerate(loaded, start=1)]
-    output = options.output or options.results[0].with_suffix(".html")
+    sections = [section(number, *found) for number, found in enumerate(options.results, start=1)]
+    output = options.output or options.results[0][1].with_suffix(".html")
     output.parent.mkdir(parents=True, exist_ok=True)
     inside = output.resolve().is_relative_to(METHOD.parents[1])  # another place's path is its own
     method = os.path.relpath(METHOD, output.resolve().parent) if inside else ""

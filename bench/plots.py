@@ -7,7 +7,6 @@ part that was not measured has no picture.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
+from .arguments import saved
 from .clocks import DEVICE, HOST, WALL
 from .records import (
     BOUND,
@@ -35,12 +35,12 @@ from .records import (
     ratio,
     ratios,
 )
-from .report import digits
+from .tables import digits
+from .turns import STEP
 
 HELP = "draw the pictures of a run as PNGs"
 
 CHIEF = "AdamW"  # the rule of the pictures that have room for one
-STEP = "step"
 FP32 = "fp32"
 DPI = 110
 WIDTH = 11.0  # inches; heights follow from the number of bars
@@ -666,30 +666,16 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
-def load(path: Path) -> Results:
-    """Raises:
-    ValueError: there is no such file, or it has no results.
-    """
-    try:
-        return Results.load(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="RESULTS.json", help="of `bench run`")
+    parser.add_argument("results", type=saved, metavar="RESULTS.json", help="of `bench run`")
     parser.add_argument(
         "--folder", type=Path, help="where the PNGs go (default: beside the results, by its name)"
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    try:
-        results = load(options.results)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    folder = options.folder or options.results.with_suffix("")
+    results, path = options.results
+    folder = options.folder or path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for what, draw in DRAWN.items():
         made = [picture.save(folder) for picture in draw(results)]

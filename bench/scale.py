@@ -11,47 +11,34 @@ is a model, of the link and the latency that the command line tells.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
-from . import bound, clocks, contenders, machine, modes, workloads
-from .arguments import at_least, one_of
-from .clocks import DEVICE
-from .contenders import Contender, Rule, tried
-from .measure import interleave
-from .memory import MASTERS, state_tensors, stored_bytes
-from .modes import Mode
-from .plots import STEP, described, load
+from . import bound, clocks, contenders, machine, workloads
+from .arguments import at_least, one_of, saved
+from .clocks import DEVICE, WALL, Clock, DeviceClock
+from .contenders import Contender, Fastopt, Rule
+from .footprints import held, stored_bytes
+from .measure import interleave, release
+from .modes import MODES, Case, Mode
+from .plots import described
 from .records import OURS, Results, Slope, Timing, bound_of
-from .report import QUIET, digits, terminal
-from .workloads import Workload, many_small
+from .tables import QUIET, digits, terminal
+from .turns import CLIP, STEP
+from .workloads import CPU, Workload, many_small
 
 HELP = "memory and optimizer time on many devices, from measured figures"
 
-MODES: dict[str, type[Mode]] = {
-    "fp32": modes.FP32,
-    "fp32+8bit": modes.FP32_8BIT,
-    "split": modes.SPLIT,
-    "split+bf16": modes.SPLIT_BF16,
-    "split+8bit": modes.SPLIT_8BIT,
-    "master": modes.FULL,
-    "stochastic": modes.STOCHASTIC,
-    "stochastic+8bit": modes.STOCHASTIC_8BIT,
-    "none": modes.PLAIN,
-    "none+bf16": modes.PLAIN_BF16,
-    "fp16-master": modes.FP16_FULL,
-}
 ZERO1, FSDP, NONE = "zero1", "fsdp", "none"
 #: What each device has only its part of.
 SHARDED = {
@@ -60,7 +47,6 @@ SHARDED = {
     NONE: set[str](),
 }
 GRADIENTS = {"bf16": 2, "fp32": 4}  # bytes
-CLIP_STEP = "clip + step"
 RESULTS = Path(__file__).with_name("results")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -78,7 +64,7 @@ LEFT_OUT = (
 
 
 def workload(name: str, shapes: Sequence[tuple[int, ...]]) -> Workload:
-    return Workload(name, "synthetic", tuple(shapes))
+    return Workload(name, "synthetic", ((1, tuple(shapes)),))
 
 
 COUNTED = workload("one tensor", [(2**20,)])  # its step number is 4 bytes more
@@ -225,7 +211,7 @@ def hops(asked: Asked) -> int:
     return 0 if asked.sharding == NONE else 2 * math.ceil(math.log2(asked.gpus))
 
 
-def counted(kind: type[Mode], rule: Rule, clips: bool = False) -> Cost:
+def counted(mode: Mode, rule: Rule, clips: bool = False) -> Cost:
     """By a step on one large tensor.
 
     Args:
@@ -234,30 +220,27 @@ def counted(kind: type[Mode], rule: Rule, clips: bool = False) -> Cost:
     Raises:
         PlanError: the rule has no such mode.
     """
-    params = replace(COUNTED, dtype=kind.dtype).parameters()
     try:
-        contender = kind(rule, params)
-        contender.run()
+        contender = stepped(mode, rule, COUNTED, CPU)
     except ValueError as error:
         raise PlanError(f"{rule.title}: {error}") from None
     kept = {part: size / COUNTED.elements for part, size in storages(contender).items()}
-    moved = bound.bytes_moved(bound.traffic(contender.optimizer), int(clips))
+    moved = bound.bytes_moved(bound.traffic(contender), clips)
     return Cost(**kept, moved=moved / COUNTED.elements)
+
+
+def stepped(mode: Mode, rule: Rule, workload: Workload, device: torch.device) -> Contender:
+    """fastopt in a mode, after a step."""
+    params = workload.parameters(device, mode.dtype)
+    contender = Case(Fastopt, mode.dtype, mode).make(rule, params)
+    contender.run()
+    return contender
 
 
 def storages(contender: Contender) -> dict[str, int]:
     """Bytes of memory by part."""
-    params = contender.params
-    state = state_tensors(contender.optimizer)
-    masters = list(chain.from_iterable(state.pop(name, []) for name in MASTERS))
-    grads = [param.grad for param in params if param.grad is not None]
-    parts: dict[str, list[Tensor]] = {
-        "parameters": params,
-        "gradients": grads,
-        "masters": masters,
-        "states": list(chain.from_iterable(state.values())),
-    }
-    return {part: stored_bytes(tensors) for part, tensors in parts.items()}
+    params, masters, states, grads = map(stored_bytes, held(contender))
+    return {"parameters": params, "gradients": grads, "masters": masters, "states": states}
 
 
 @dataclass(frozen=True)
@@ -273,7 +256,7 @@ class Source:
     def limit(self) -> Timing | None:
         """What moved bytes beside the step, where that did not clip: the norm reads as fast."""
         timing = self.timing
-        if timing.operation == CLIP_STEP:
+        if timing.operation == CLIP:
             return None
         near = [
             t for t in self.results.timings if (t.group, t.clock) == (timing.group, timing.clock)
@@ -299,43 +282,41 @@ class Source:
         return Speed(measured.gb_per_s, *line.get("fresh", any_line), overlaps=overlaps)
 
 
-def find(paths: Sequence[Path], mode: str, rule: Rule) -> Source:
+def find(given: Sequence[tuple[Results, Path]], mode: str, rule: Rule) -> Source:
     """In the newest of the files that has the mode.
 
     Args:
-        paths: empty for those that are committed.
+        given: empty for those that are committed.
 
     Raises:
-        PlanError: none has, or a file that was named has no results.
+        PlanError: none has.
     """
-    found = sorted(read(paths), key=lambda entry: str(entry[1].run.get("date", "")), reverse=True)
+    found = list(given) or list(committed())
+    found.sort(key=lambda entry: str(entry[0].run.get("date", "")), reverse=True)
     command = f"python -m bench run --rule {rule.title} --mode {mode} --workload gpt2"
     if not found:
         raise PlanError(
             f"There are no results in {RESULTS.name}/ to plan from: `{command}` makes some, and "
             "--results names the file."
         )
-    for path, results in found:
+    for results, path in found:
         timings = [
             timing
             for timing in results.timings
             if (timing.contender, timing.precision, timing.rule) == (OURS, mode, rule.name)
-            and timing.operation in (STEP, CLIP_STEP)
+            and timing.operation in (STEP, CLIP)
         ]
         if timings:
             return Source(path, results, max(timings, key=suitable), slopes(results, mode, rule))
-    names = ", ".join(path.name for path, _ in found)
+    names = ", ".join(path.name for _, path in found)
     raise PlanError(f"No {rule.title} in mode {mode} in {names}: `{command}` measures it.")
 
 
-def read(paths: Sequence[Path]) -> Iterator[tuple[Path, Results]]:
-    """Those that were named; or those that are committed, but for files of other kinds."""
-    for path in paths or sorted(RESULTS.glob("*.json")):
-        try:
-            yield path, load(path)
-        except ValueError as error:
-            if paths:
-                raise PlanError(str(error)) from None
+def committed() -> Iterator[tuple[Results, Path]]:
+    """Those in the project, but for files of other kinds."""
+    for path in sorted(RESULTS.glob("*.json")):
+        with suppress(ArgumentTypeError):
+            yield saved(str(path))
 
 
 def suitable(timing: Timing) -> tuple[bool, bool, bool, int]:
@@ -343,7 +324,7 @@ def suitable(timing: Timing) -> tuple[bool, bool, bool, int]:
     return (
         timing.regime == "memory",
         timing.clock == DEVICE,
-        timing.operation == CLIP_STEP,
+        timing.operation == CLIP,
         timing.elements,
     )
 
@@ -492,7 +473,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Case:
+class Share:
     """A model on some devices, of whom the first is here: it has FSDP's part of each tensor."""
 
     model: Workload
@@ -514,23 +495,29 @@ class Case:
         return Asked(self.model.elements, self.gpus, FSDP, tensors, link=None, latency_us=0)
 
 
-def cases() -> list[Case]:
+def shares() -> list[Share]:
     """That which shows the speed comes first."""
     gpt2 = workloads.load()["gpt2"]
-    return [Case(millions(50), 1), Case(millions(10), 1), Case(gpt2, 1), Case(gpt2, 4)]
+    return [Share(millions(50), 1), Share(millions(10), 1), Share(gpt2, 1), Share(gpt2, 4)]
 
 
 def millions(count: int) -> Workload:
     return workload(f"{count}M", [(1000, 1000)] * count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turn:
     """Some steps of a contender, under another name."""
 
     name: str
     contender: Contender
     steps: int
+    clock: Clock
+    precision = ""
+    own_process = False
+
+    def take(self, clock: int, number: int) -> dict[str, int]:
+        return self.clock(self.run)
 
     def run(self) -> None:
         for _ in range(self.steps):
@@ -538,7 +525,12 @@ class Turn:
 
 
 def checked(
-    mode: str, rule: Rule, found: Sequence[Case], small: Workload, rounds: int, device: torch.device
+    mode: str,
+    rule: Rule,
+    found: Sequence[Share],
+    small: Workload,
+    rounds: int,
+    device: torch.device,
 ) -> Iterator[Row]:
     """The rows of one mode: the memory of all cases, and the time of all but the first.
 
@@ -546,19 +538,19 @@ def checked(
     they took in it, so that a swing of the machine is in both. Turns are about equally long: small
     models make several steps in one, or else a moment's interruption would be a large part of it.
     """
-    gc.collect()  # optimizers are cyclic garbage, and the last ones' memory may be needed
-    kind = MODES[mode]
-    cost = counted(kind, rule, clips=True)
+    release(device)
+    clock = DeviceClock() if device.type == "cuda" else clocks.wall
+    cost = counted(MODES[mode], rule, clips=True)
     first, *others = found
     turns = []
     for here in [*(case.here for case in found), small]:
-        params = replace(here, dtype=kind.dtype).parameters(device)
-        contender = tried(kind, rule, params)
+        contender = stepped(MODES[mode], rule, here, device)
         contender.set_clip(True)
         steps = max(1, min(MOST_STEPS, round(first.asked.shard / here.elements)))
-        turns.append(Turn(here.name, contender, steps))
-    times = interleave(turns, rounds, lambda: None, clocks.of(device)[0])[DEVICE]
-    samples = {turn.name: [ns / turn.steps for ns in times[turn.name]] for turn in turns}
+        turns.append(Turn(here.name, contender, steps, clock))
+    what = DEVICE if device.type == "cuda" else WALL
+    times, _ = interleave(turns, rounds, clock=0)
+    samples = {turn.name: [ns / turn.steps for ns in times[turn][what]] for turn in turns}
     tensor_ns = [ns / len(small.shapes) for ns in samples[small.name]]
     calibration = planned(first.asked, cost, Speed(1.0)).moved_bytes
     speeds = [
@@ -580,7 +572,7 @@ def check(options: argparse.Namespace) -> int:
     """The exit status: whether a prediction was off."""
     rule = rules()[options.rule]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = cases()
+    found = shares()
     rows = []
     begin = machine.cpu_seconds()
     for mode in [options.mode] if options.mode else CHECKED:
@@ -675,7 +667,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--results",
-        type=Path,
+        type=saved,
         action="append",
         default=[],
         metavar="RESULTS.json",

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -18,22 +17,15 @@ import fastopt
 
 from .contenders import MAX_NORM, Rule
 from .machine import ROOT
+from .records import FirstStep
 
 EMPTY, WARM = "empty", "warm"
 SHAPES = ((1000, 1000), (1000,), (7,))
 
 
-@dataclass(frozen=True)
-class FirstStep:
-    """How long it took, clipping included, so that every kernel of the rule is needed."""
-
-    rule: str
-    cache: str
-    seconds: float
-
-
 def first_steps(rule: Rule, device: torch.device) -> Iterator[FirstStep]:
-    """With an empty cache, then with what that one has left there."""
+    """How long one takes, clipping included, so that every kernel of the rule is needed: with an
+    empty cache, then with what that one has left there."""
     with tempfile.TemporaryDirectory() as directory:
         for cache in (EMPTY, WARM):
             run = subprocess.run(

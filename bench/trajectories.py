@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fastopt
-from bench import machine, modes, report
+from bench import machine, modes, tables
 from bench.arguments import at_least
 from bench.demo import (
     MAX_NORM,
@@ -44,23 +44,23 @@ from bench.demo import (
 )
 from bench.gpt import GPT, GPTConfig
 from bench.modes import Mode
-from bench.report import Cell, Line
+from bench.tables import Cell, Line
 
 MODES = (
-    *(modes.FP32, modes.FULL, modes.SPLIT, modes.FP16_FULL),
-    *(modes.STOCHASTIC, modes.SPLIT_8BIT, modes.PLAIN),
+    *(modes.FP32, modes.MASTER, modes.SPLIT, modes.FP16_MASTER),
+    *(modes.STOCHASTIC, modes.SPLIT_8BIT, modes.NONE),
 )
-DECAYED = (modes.FP32, modes.FULL, modes.SPLIT, modes.STOCHASTIC, modes.PLAIN)
+DECAYED = (modes.FP32, modes.MASTER, modes.SPLIT, modes.STOCHASTIC, modes.NONE)
 DECAY_STEPS, LR, WEIGHT_DECAY = 2000, 1e-4, 0.1
 # Curves that lie on each other: thin dashed ones over thick pale ones show all.
 STYLES = {
     modes.FP32: {"color": "black", "linewidth": 5, "alpha": 0.25},
-    modes.FULL: {"color": "tab:orange", "linewidth": 3.5, "alpha": 0.5},
+    modes.MASTER: {"color": "tab:orange", "linewidth": 3.5, "alpha": 0.5},
     modes.SPLIT: {"color": "tab:blue", "linewidth": 1.5, "linestyle": "--"},
-    modes.FP16_FULL: {"color": "tab:purple"},
+    modes.FP16_MASTER: {"color": "tab:purple"},
     modes.STOCHASTIC: {"color": "tab:green"},
     modes.SPLIT_8BIT: {"color": "tab:cyan"},
-    modes.PLAIN: {"color": "tab:red"},
+    modes.NONE: {"color": "tab:red"},
 }
 RUN_COLUMNS = ("precision", "state bytes/param", "final loss", "- fp32's", "held-out", "- fp32's")
 DECAY_COLUMNS = ("precision", f"weight after {DECAY_STEPS} steps", "of the exact decay")
@@ -97,7 +97,7 @@ class ScaledRun(Run):
         self.skipped += self.scaler.get_scale() < scale
 
 
-def make_runs(args: argparse.Namespace) -> dict[type[Mode], Run]:
+def make_runs(args: argparse.Namespace) -> dict[Mode, Run]:
     """The same model in every precision."""
     torch.manual_seed(args.seed)
     config = GPTConfig(context=args.context, layers=args.layers, heads=args.heads, width=args.width)
@@ -106,10 +106,10 @@ def make_runs(args: argparse.Namespace) -> dict[type[Mode], Run]:
         for param in model.parameters():
             param.copy_(param.bfloat16().half())  # what both hold exactly
 
-    def run(mode: type[Mode]) -> Run:
+    def run(mode: Mode) -> Run:
         own = InFP32(copy.deepcopy(model).to(mode.dtype))
         settings = {"max_norm": MAX_NORM, **mode.settings}
-        made = mode.title, own, *scheduled(own, fastopt.AdamW, args.iterations, **settings)
+        made = mode.name, own, *scheduled(own, fastopt.AdamW, args.iterations, **settings)
         if mode.dtype != torch.float16:
             return Run(*made)
         # It grows often enough to overflow now and then.
@@ -140,7 +140,7 @@ def check_split(split: Run, full: Run) -> None:
             )
 
 
-def decay(mode: type[Mode]) -> list[float]:
+def decay(mode: Mode) -> list[float]:
     """The mean weight after each step, of the masters where there are any."""
     weight = torch.ones(4096, dtype=mode.dtype, requires_grad=True)
     weight.grad = torch.zeros_like(weight)
@@ -158,7 +158,7 @@ def exact_decay(steps: int) -> float:
     return (1 - LR * WEIGHT_DECAY) ** steps
 
 
-def run_lines(runs: dict[type[Mode], Run]) -> Iterator[Line]:
+def run_lines(runs: dict[Mode, Run]) -> Iterator[Line]:
     fp32 = runs[modes.FP32]
     parameters = sum(param.numel() for param in fp32.model.parameters())
     for run in runs.values():
@@ -173,12 +173,12 @@ def run_lines(runs: dict[type[Mode], Run]) -> Iterator[Line]:
         )
 
 
-def decay_lines(means: dict[type[Mode], list[float]]) -> Iterator[Line]:
+def decay_lines(means: dict[Mode, list[float]]) -> Iterator[Line]:
     exact = exact_decay(DECAY_STEPS)
     yield Cell("exact"), Cell(f"{exact:.6f}"), Cell("100.0%")
     for mode, curve in means.items():
         part = (1 - curve[-1]) / (1 - exact)
-        yield Cell(mode.title), Cell(f"{curve[-1]:.6f}"), Cell(f"{part:.1%}")
+        yield Cell(mode.name), Cell(f"{curve[-1]:.6f}"), Cell(f"{part:.1%}")
 
 
 def smoothed(losses: list[float]) -> Tensor:
@@ -187,9 +187,7 @@ def smoothed(losses: list[float]) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(-1)
 
 
-def plot(
-    runs: dict[type[Mode], Run], means: dict[type[Mode], list[float]], caption: str, out: Path
-) -> None:
+def plot(runs: dict[Mode, Run], means: dict[Mode, list[float]], caption: str, out: Path) -> None:
     """Draw the losses, their distances from fp32's, and the decay."""
     figure = Figure(figsize=(17, 5.6), layout="constrained")
     figure.suptitle(caption, fontsize="medium")
@@ -199,12 +197,12 @@ def plot(
     iterations = range(first, first + len(fp32))
     for mode, run in runs.items():
         curve = smoothed(run.losses)
-        losses.plot(iterations, curve, label=mode.title, **STYLES[mode])
-        differences.plot(iterations, curve - fp32, label=mode.title, **STYLES[mode])
+        losses.plot(iterations, curve, label=mode.name, **STYLES[mode])
+        differences.plot(iterations, curve - fp32, label=mode.name, **STYLES[mode])
     losses.set(title="Training loss, running mean", ylabel="cross-entropy (nats per byte)")
     differences.set(title="The same, minus fp32's", ylabel="nats per byte")
     for mode, curve in means.items():
-        decays.plot(curve, label=mode.title, **STYLES[mode])
+        decays.plot(curve, label=mode.name, **STYLES[mode])
     exact = [exact_decay(step + 1) for step in range(DECAY_STEPS)]
     decays.plot(exact, label="exact", color="black", linewidth=1, linestyle=":")
     decays.set(title=f"Weight decay of {LR * WEIGHT_DECAY:.0e} a step", ylabel="mean weight")
@@ -236,7 +234,7 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    console = report.terminal()
+    console = tables.terminal()
     training_text, held_out_text = standard_library_text(args.context)
     runs = make_runs(args)
     parameters = sum(param.numel() for param in runs[modes.FP32].model.parameters())
@@ -249,28 +247,28 @@ def main() -> None:
         results = measure(runs, training_text, held_out_text, args, console)
     except KeyboardInterrupt:
         sys.exit("Interrupted: nothing was written.")
-    tables = (RUN_COLUMNS, list(run_lines(runs))), (DECAY_COLUMNS, list(decay_lines(results)))
-    for columns, lines in tables:
-        console.print(report.table(columns, iter(lines)))
+    made = (RUN_COLUMNS, list(run_lines(runs))), (DECAY_COLUMNS, list(decay_lines(results)))
+    for columns, lines in made:
+        console.print(tables.table(columns, iter(lines)))
     args.out.mkdir(parents=True, exist_ok=True)
     picture, markdown = args.out / "trajectories.png", args.out / "trajectories.md"
     plot(runs, results, caption, picture)
     heading = (
         f"`python -m bench.trajectories`, {machine.cpu()}, torch {torch.__version__}: {caption}"
     )
-    markdown.write_text("\n\n".join([heading, *(report.pipes(*table) for table in tables)]) + "\n")
+    markdown.write_text("\n\n".join([heading, *(tables.pipes(*table) for table in tables)]) + "\n")
     console.print(f"{picture}, {markdown}")
 
 
 def measure(
-    runs: dict[type[Mode], Run],
+    runs: dict[Mode, Run],
     training_text: Tensor,
     held_out_text: Tensor,
     args: argparse.Namespace,
     console: Console,
-) -> dict[type[Mode], list[float]]:
+) -> dict[Mode, list[float]]:
     """Train and evaluate the runs; the curves of the decay."""
-    split, full = runs[modes.SPLIT], runs[modes.FULL]
+    split, full = runs[modes.SPLIT], runs[modes.MASTER]
     everyone = list(runs.values())
     train(everyone, training_text, args, console, partial(check_split, split, full))
     console.print(f"{split.name} and {full.name}: equal in every bit after every step.")
