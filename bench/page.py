@@ -31,7 +31,7 @@ from .plots import (
     of_limit,
     quartiles,
 )
-from .records import BOUND, COPY, OURS, Results, Timing, bound_of
+from .records import BOUND, COPY, OURS, Results, Skip, Timing, bound_of
 from .tables import QUIET, digits, goal_lines
 from .turns import STEP
 
@@ -100,10 +100,10 @@ def summary(results: Results) -> Iterator[str]:
     chief = [v for v in found if is_chief(v)]
     if chief:
         ratios = [v.ratio for v in chief]
-        count = plural(len(ratios), "measurement")
+        among = f" ({digits(median(ratios))} in the median of {len(ratios)})"
         yield (
             f"For a step of {CHIEF} in fp32, {FUSED} takes {spanned(ratios)} times as long as "
-            f"fastopt: {digits(median(ratios))} in the median of {count}."
+            f"fastopt{among if len(ratios) > 1 else ''}."
         )
     yield from against_memory(results)
     yield from footprints(results)
@@ -209,8 +209,9 @@ def facts(results: Results) -> Iterator[tuple[str, str]]:
     yield "Versions", listed(versions)
     yield "Timed rounds", str(run.get("rounds", ""))
     yield "Threads", str(run.get("threads", ""))
-    workloads = {t.workload: f"{t.elements:,} in {t.tensors:,}" for t in results.timings}
-    yield "Workloads (parameters in tensors)", listed(workloads)
+    for name, workload in run.get("workloads", {}).items():
+        count = f"{workload['parameters']:,} parameters in {workload['tensors']:,} tensors"
+        yield f"Workload {name}", f"{workload['source']}: {count}"
 
 
 def listed(found: dict[str, Any]) -> str:
@@ -289,7 +290,7 @@ def tables(results: Results) -> Iterator[Table]:
         Table(
             "Not run",
             ("contender", "what", "reason"),
-            [("", unique(words(s.contender, s.case, s.reason) for s in results.skipped))],
+            [("", unique(words(s.contender, s.case, why(s)) for s in results.skipped))],
         ),
         Table(
             "Failed",
@@ -376,6 +377,10 @@ def spanned(values: list[float]) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def why(skip: Skip) -> str:
+    return f"raised {skip.reason}" if skip.crashed else skip.reason
 
 
 def unique(lines: Iterable[list[Cell]]) -> list[list[Cell]]:

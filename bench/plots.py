@@ -200,7 +200,7 @@ def draw_times(results: Results) -> Iterator[Picture]:
             if timing.workload not in names.setdefault(n, []):
                 names[n].append(timing.workload)
             if limit and timing.contender == OURS:
-                limits[n] = limit.median_ns * timing.needed_bytes / limit.needed_bytes / 1e6
+                limits[n] = timing.median_ns / of_limit(timing, limit) / 1e6
                 kinds.add(LIMITS[limit.contender])
     if len(names) < 2:
         return
@@ -350,9 +350,11 @@ def draw_modes(results: Results) -> Iterator[Picture]:
             ms = timing.median_ns / 1e6
             text = f"{digits(ms)} ms"
             if limit:
-                bound = limit.median_ns * timing.needed_bytes / limit.needed_bytes / 1e6
+                # By the ratio of the rounds, so that a swing of the machine does not show.
+                times = of_limit(timing, limit)
+                bound = ms / times
                 axes.vlines(bound, row - 0.45, row + 0.45, color="black", linewidth=2.2, zorder=4)
-                text += f", {digits(of_limit(timing, limit))} times the limit"
+                text += f", {digits(times)} times the limit"
             axes.barh(row, ms, 0.72, color=COLOURS.get(timing.contender, OTHER))
             end = max(ms, bound) if limit else ms
             if ms > top:
@@ -489,7 +491,6 @@ def draw_bandwidth(results: Results) -> Iterator[Picture]:
         text = f"{timing.gb_per_s:.1f} GB/s"
         end = timing.gb_per_s
         if limit:
-            # By the ratio of the rounds, so that a swing of the machine does not show as a peak.
             peak = timing.gb_per_s * of_limit(timing, limit)
             text += f", {timing.gb_per_s / peak:.0%}"
             edges += [(peak, row - 0.5), (peak, row + 0.5)]

@@ -296,8 +296,8 @@ def find(given: Sequence[tuple[Results, Path]], mode: str, rule: Rule) -> Source
     command = f"python -m bench run --rule {rule.title} --mode {mode} --workload gpt2"
     if not found:
         raise PlanError(
-            f"There are no results in {RESULTS.name}/ to plan from: `{command}` makes some, and "
-            "--results names the file."
+            f"There are no results in bench/{RESULTS.name}/ to plan from: `{command}` makes some, "
+            "and --results names the file."
         )
     for results, path in found:
         timings = [
@@ -408,8 +408,11 @@ def origin(source: Source) -> Iterator[str]:
             "Clipping was not measured for this mode: the norm's pass over the gradients is taken "
             f"to be as fast as {source.limit.contender} beside this step."
         )
-    if not source.slopes:
+    modes = {slope.precision for slope in source.slopes.values()}
+    if not modes:
         yield "The overhead of tensors was not measured: it counts as none."
+    elif timing.precision not in modes:
+        yield f"The overhead of tensors is that of {', '.join(modes)}."
 
 
 def show(options: argparse.Namespace) -> None:
