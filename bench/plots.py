@@ -66,7 +66,7 @@ COLOURS = {
     "torchao 8-bit": "#44aa99",
     "optimi": "#ddcc77",
     "flashoptim": "#332288",
-    "apex": "#117733",
+    "apex": "#d55e00",
     "heavyball": "#aa4499",
     BOUND: "#000000",
     COPY: "#000000",
