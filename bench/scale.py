@@ -50,7 +50,7 @@ GRADIENTS = {"bf16": 2, "fp32": 4}  # bytes
 RESULTS = Path(__file__).with_name("results")
 SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
-ALLOWED = 0.15  # how far a prediction may be off
+ALLOWED = {"MB": 0.01, "ms": 0.15}  # how far a prediction may be off
 CHECKED = ("fp32", "split", "split+8bit")
 ROUNDS = 11
 MOST_STEPS = 10  # in a turn
@@ -472,7 +472,7 @@ class Row:
 
     @property
     def bad(self) -> bool:
-        return abs(self.off) > ALLOWED
+        return abs(self.off) > ALLOWED[self.what]
 
 
 @dataclass(frozen=True)
@@ -588,7 +588,7 @@ def check(options: argparse.Namespace) -> int:
         table.add_row(
             *(row.mode, row.case, row.what, digits(row.predicted), digits(row.found)),
             f"{row.off:+.1%}",
-            f"within {ALLOWED:.0%}: {off}",
+            f"within {ALLOWED[row.what]:.0%}: {off}",
             style="red" if row.bad else "",
         )
     terminal().print(

@@ -177,7 +177,7 @@ def test_the_check_finds_the_predicted_memory():
     rows = list(scale.checked("split+8bit", ADAMW, tiny, small, 2, torch.device("cpu")))
     memory = [row for row in rows if row.what == "MB"]
     assert len(memory) == 2
-    assert all(abs(row.off) < 0.01 for row in memory)
+    assert not any(row.bad for row in memory)
     assert [row.case for row in rows if row.what == "ms"] == ["8 on 1 of 2 devices"]
 
 
