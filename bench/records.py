@@ -115,7 +115,8 @@ class Results:
 
     Args:
         run: what it was run on and with: date, commit, command, machine, gpu, versions, rounds,
-            threads, used_by_others (the part of the CPU time that other processes took).
+            threads, used_by_others (the part of the CPU time that other processes took; None until
+            the run is over).
     """
 
     run: dict[str, Any]

@@ -149,7 +149,7 @@ def about(options: argparse.Namespace, chosen: Iterable[Group]) -> dict[str, Any
         "versions": machine.versions(),
         "rounds": rounds(options),
         "threads": torch.get_num_threads(),
-        "used_by_others": 0.0,
+        "used_by_others": None,  # until the end
         "workloads": {
             name: {
                 "source": found.source,

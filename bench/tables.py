@@ -260,7 +260,9 @@ def goal_lines(found: Iterable[goals.Goal]) -> Iterator[Line]:
 def notes(results: Results) -> Iterator[str]:
     """What the reader of the tables has to know besides: a busy machine, and who did not run."""
     used = results.run["used_by_others"]
-    if used > QUIET:
+    if used is None:
+        yield "The run did not come to its end."
+    elif used > QUIET:
         yield (
             f"Other work took {used:.0%} of the machine's CPU time meanwhile: measure again when "
             "it is quiet."
