@@ -302,7 +302,7 @@ def under_callgrind(which: str) -> dict[Label, Counter[str]]:
             text=True,
         )
         if result.returncode:
-            raise UnavailableError(f"the run under valgrind failed:\n{result.stderr}")
+            raise RuntimeError(f"the run under valgrind failed:\n{result.stderr}")
         paths = sorted(Path(scratch).glob("out.*"), key=lambda path: int(path.suffix[1:]))
         return dict(filter(None, map(part, paths)))
 
