@@ -7,5 +7,6 @@ CPU, ``bench.memory`` the memory, and ``bench.trajectories`` what they do to a t
 allows, ``clocks`` and ``measure`` how it is timed, ``report`` how it is told; for a GPU,
 ``gpu_report`` and ``gpu_picture`` are. ``overhead`` is the host's time by the number of tensors,
 ``startup`` that of a process's first step. ``instructions`` counts instructions instead of time,
-and ``kernels`` (with ``offline`` and ``assembly``) those that the Triton kernels compile to.
+and ``kernels`` (with ``offline`` and ``assembly``) those that the Triton kernels compile to; what
+changed of both is in ``history``. ``regression`` times what a later version is compared with.
 """

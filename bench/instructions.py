@@ -10,10 +10,11 @@ up unseen. There are two tables:
   element: instructions and allocations per tensor (the slope between two numbers of tensors) and
   what a step costs once (the rest). Kept gradients are the same objects in every step. Fresh ones
   are at other addresses, and no Python objects exist for them. ``malloc`` counts the calls of
-  malloc, calloc, realloc and posix_memalign; ``objects`` those of CPython's own allocator, without
-  what its free lists serve.
+  malloc, calloc, realloc and posix_memalign, whose own instructions are left out; ``objects`` those
+  of CPython's allocator, without what its free lists serve.
 - ``kernels``: instructions per element of the CPU kernels, for every set of states, precision mode,
-  operation and instruction set (the slope between two sizes of one tensor: the host path cancels).
+  operation and instruction set, within the compiled extension (the slope between two sizes of one
+  tensor: what a step costs once cancels).
 
 All is counted on one thread, with garbage collection off. The process runs under valgrind from its
 start, but instrumented only after its imports: else that of torch would take minutes.
@@ -29,14 +30,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import fastopt
 from fastopt import dispatch
@@ -48,7 +51,6 @@ from .workloads import Workload, many_small
 
 TABLES = Path(__file__).with_suffix(".txt")
 
-CONTENDERS: tuple[type[Contender], ...] = (Fastopt, TorchFused)
 MODES = [
     kind
     for kind in vars(modes).values()
@@ -58,11 +60,13 @@ FRESH = {"kept gradients": False, "fresh gradients": True}  # whether they are r
 OPERATIONS = {"step": False, "clip + step": True}  # whether it clips
 #: valgrind knows no AVX-512. The host path is counted with the first, which every machine has.
 ISAS = ("baseline", "x86-64-v3")
-TENSORS = (20, 60)
+TENSORS = (20, 180)
 ELEMENTS = (1 << 13, 1 << 15)  # of the kernels' tensors: whole chunks
 #: Steps, until the interpreter has specialised the code; then those of each case, until caches and
 #: free lists have settled.
-FIRST_WARMUP, WARMUP = 50, 4
+FIRST_WARMUP, WARMUP = 50, 6
+STEPS = 3  # that are counted: the median
+SHIFT = 50_000  # bytes, of the addresses in the second process
 
 ENVIRONMENT = {"FASTOPT_ISA": ISAS[0], "ATEN_CPU_CAPABILITY": "default", "PYTHONHASHSEED": "0"}
 
@@ -71,9 +75,17 @@ CALLS = {
     "malloc": ("malloc", "calloc", "realloc", "posix_memalign"),
     "objects": ("_PyObject_Malloc", "_PyObject_Calloc", "_PyObject_Realloc"),
 }
+#: glibc's, whose instructions are left out: it tidies up now and then, what others left behind too.
+ALLOCATOR = (
+    *("malloc", "calloc", "realloc", "free", "cfree", "posix_memalign", "_mid_memalign"),
+    *("_int_malloc", "_int_realloc", "_int_free", "_int_memalign", "malloc_consolidate"),
+    *("unlink_chunk", "sysmalloc", "systrim", "alloc_perturb", "tcache_init"),
+)
 INSTRUCTIONS = "instructions"
+OURS = "/fastopt/_C."  # the library: the kernels' instructions are counted in it alone
 COUNTED = (INSTRUCTIONS, *CALLS)
 HOST, KERNELS = "host", "kernels"
+REFERENCE = "reference"  # of the host path
 COLUMNS = {
     HOST: tuple(f"{what}/{per}" for what in COUNTED for per in ("tensor", "step")),
     KERNELS: ISAS,
@@ -91,13 +103,16 @@ class Tolerance(NamedTuple):
         return abs(new - old) <= max(self.relative * abs(old), self.absolute)
 
 
+#: The kernels' figures repeat to 0.01, to which they are rounded. Those of the host depend on where
+#: things are in memory: they differ by 1% from run to run, and a line or two of some processes by
+#: 7%, for which there is a second process.
 TOLERANCES = {column: Tolerance(0.005, 0.02) for column in ISAS} | {
-    "instructions/tensor": Tolerance(0.02, 0),
-    "instructions/step": Tolerance(0.02, 0),
+    "instructions/tensor": Tolerance(0.03, 0),
+    "instructions/step": Tolerance(0.05, 0),
     "malloc/tensor": Tolerance(0, 0.05),
-    "malloc/step": Tolerance(0, 1),
+    "malloc/step": Tolerance(0, 2),
     "objects/tensor": Tolerance(0, 0.05),
-    "objects/step": Tolerance(0, 2),
+    "objects/step": Tolerance(0, 5),
 }
 
 
@@ -145,10 +160,10 @@ def main() -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--check", action="store_true", help="compare only, print no tables")
     chosen.add_argument("--write", action="store_true", help="write what has changed")
-    chosen.add_argument("--counted", choices=(FEW, ALL), help=argparse.SUPPRESS)
+    chosen.add_argument("--counted", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.counted:
-        count(options.counted)
+        count(*options.counted)
         return
     try:
         new = measured(ALL)
@@ -160,8 +175,7 @@ def main() -> None:
         return
     if not options.check:
         print(*new, sep="\n")
-    found = [message for table in new for message in wrong(old.get(table.title), table)]
-    if found:
+    if found := [message for table in new for message in wrong(old.get(table.title), table)]:
         sys.exit("\n".join(found))
 
 
@@ -191,17 +205,17 @@ def settled(old: Table | None, new: Table) -> Table:
 
 
 def wrong(old: Table | None, new: Table, complete: bool = True) -> list[str]:
-    """What of the committed table does not hold.
+    """What of a committed table does not hold.
 
     Args:
         complete: ``new`` has all lines; where not, the others are not looked at.
     """
     if old is None:
         return [f"{new.title}: there are no figures"]
-    if old.versions != new.versions:
-        return [f"{new.title}: {what}" for what in other_versions(old, new)]
+    if others := other_versions(old, new):
+        return [f"{new.title}: {other}" for other in others]
     found = [
-        f"{new.title}: {name}, {column}: {old.lines.get(name, {}).get(column, '-')} -> {figure}"
+        f"{new.title}: {name}, {column}: {old.lines.get(name, {}).get(column)} -> {figure}"
         for name, line in new.lines.items()
         for column, figure in line.items()
         if not is_right(old, name, column, figure)
@@ -285,40 +299,91 @@ def measured(which: str) -> list[Table]:
     return list(tables.values())
 
 
-def under_callgrind(which: str) -> dict[Label, Counter[str]]:
-    """What was counted in each part of the run."""
+def under_callgrind(which: str) -> dict[Label, dict[str, int]]:
+    """What was counted in each part of the run.
+
+    Of the host path the least of two processes, which have things at other addresses: those decide
+    what collides in the interpreter's caches, and in one process of several that shows.
+    """
     native.load("callgrind.c")  # here, where an error can be told
+    # All that is counted, in about two halves.
+    titles = ((HOST, REFERENCE), (HOST, KERNELS))
     with tempfile.TemporaryDirectory() as scratch:
-        result = subprocess.run(
-            [
-                *(valgrind(), "--tool=callgrind", f"--callgrind-out-file={scratch}/out"),
-                "--instr-atstart=no",
-                *("--dump-line=no", "--compress-strings=no", "--compress-pos=no"),
-                *(sys.executable, "-m", "bench.instructions", "--counted", which),
-            ],
-            cwd=machine.ROOT,
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode:
-            raise RuntimeError(f"the run under valgrind failed:\n{result.stderr}")
-        paths = sorted(Path(scratch).glob("out.*"), key=lambda path: int(path.suffix[1:]))
-        return dict(filter(None, map(part, paths)))
+        directories = [Path(scratch, str(number)) for number in range(len(titles))]
+        processes = []
+        for number, directory in enumerate(directories):
+            directory.mkdir()
+            command = [
+                *(valgrind(), "--tool=callgrind", f"--callgrind-out-file={directory}/out"),
+                *("--instr-atstart=no", "--dump-line=no"),
+                *("--compress-strings=no", "--compress-pos=no"),
+                *(sys.executable, "-m", "bench.instructions", "--counted", which, *titles[number]),
+            ]
+            environment = os.environ | ENVIRONMENT | {"PADDING": number * SHIFT * "x"}
+            with Path(directory, "errors").open("w") as errors:
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=machine.ROOT, env=environment, stdout=errors, stderr=errors
+                    )
+                )
+        for process, directory in zip(processes, directories, strict=True):
+            if process.wait():
+                errors_text = Path(directory, "errors").read_text()
+                raise RuntimeError(f"the run under valgrind failed:\n{errors_text}")
+        first, second = map(parts, directories)
+    found = {**first, **second}
+    for label in first.keys() & second.keys():
+        found[label] = {what: min(first[label][what], second[label][what]) for what in COUNTED}
+    return found
 
 
-def part(path: Path) -> tuple[Label, Counter[str]] | None:
+def parts(directory: Path) -> dict[Label, dict[str, int]]:
+    """What one process counted: the median of what has the same label."""
+    paths = sorted(directory.glob("out.*"), key=lambda path: int(path.suffix[1:]))
+    found = defaultdict(list)
+    for label, counted in filter(None, map(part, paths)):
+        found[label].append(counted)
+    return {
+        label: {what: median_low(counted[what] for counted in steps) for what in steps[0]}
+        for label, steps in found.items()
+    }
+
+
+def part(path: Path) -> tuple[Label, dict[str, int]] | None:
     """What one of callgrind's files tells; nothing where it has no label."""
     text = path.read_text()
-    label = re.search(r"^desc: Trigger: Client Request: (\[.+)$", text, re.M)
-    total = re.search(r"^totals: (\d+)", text, re.M)
-    if not label or not total:
+    found = re.search(r"^desc: Trigger: Client Request: (\[.+)$", text, re.M)
+    if not found:
         return None
+    label = Label(*json.loads(found[1]))
     calls: Counter[str] = Counter()
     for function, times in re.findall(r"^cfn=(.+)\ncalls=(\d+)", text, re.M):
         calls[function] += int(times)
-    counted = {what: sum(calls[name] for name in names) for what, names in CALLS.items()}
-    return Label(*json.loads(label[1])), Counter({INSTRUCTIONS: int(total[1]), **counted})
+    instructions = sum(
+        own
+        for library, function, own in costs(text)
+        if function not in ALLOCATOR and (label.title == HOST or OURS in library)
+    )
+    return label, {
+        INSTRUCTIONS: instructions,
+        **{what: sum(calls[name] for name in names) for what, names in CALLS.items()},
+    }
+
+
+def costs(text: str) -> Iterator[tuple[str, str, int]]:
+    """The library, the name and the instructions of functions, without those that they call."""
+    library, function, of_callee = "", "", False
+    for line in text.splitlines():
+        if line.startswith("ob="):
+            library = line
+        elif line.startswith("fn="):
+            function = line[3:].partition(".")[0]
+        elif line.startswith("calls="):
+            of_callee = True  # the next line
+        elif line[:1].isdigit():
+            if not of_callee:
+                yield library, function, int(line.split()[1])
+            of_callee = False
 
 
 class Counting:
@@ -339,52 +404,50 @@ class Counting:
         self.callgrind.callgrind_dump(json.dumps(label).encode())
 
 
-def count(which: str) -> None:
+def count(which: str, *titles: str) -> None:
     """The process that is watched."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     first = many_small(2)
-    for kind in CONTENDERS:  # the first optimizer of a process imports torch's compiler
+    for kind in (Fastopt, TorchFused):  # a process's first optimizer imports torch's compiler
         contender = kind(rules()[-1], first.parameters())
         for _ in range(FIRST_WARMUP):
             contender.run()
     gc.collect()
     gc.disable()
     counting = Counting()
-    count_host(counting, which)
-    count_kernels(counting, which)
+    chosen = [rule for rule in rules() if which == ALL or rule.optimizer is fastopt.AdamW]
+    if HOST in titles:
+        count_host(counting, [(rule, Fastopt) for rule in chosen])
+        count_host(counting, [(rule, modes.SPLIT) for rule in chosen[-1:]])
+    if REFERENCE in titles:
+        count_host(counting, [(rule, TorchFused) for rule in chosen])
+    if KERNELS in titles:
+        count_kernels(counting, which)
 
 
-def host_cases(which: str) -> Iterator[tuple[Rule, type[Contender]]]:
-    for rule in rules():
-        if which == ALL or rule.optimizer is fastopt.AdamW:
-            yield rule, Fastopt
-            if which == ALL:
-                yield rule, TorchFused
-    if which == ALL:
-        yield Rule(fastopt.AdamW, {}), modes.SPLIT
-
-
-def count_host(counting: Counting, which: str) -> None:
-    for (rule, kind), tensors in product(host_cases(which), TENSORS):
+def count_host(counting: Counting, cases: list[tuple[Rule, type[Contender]]]) -> None:
+    # All parameters are made at first, one beside the other in memory: the hash of a tensor is its
+    # address, and between what others have left there would be more collisions in dicts.
+    prepared = []
+    for (rule, kind), tensors in product(cases, TENSORS):
         workload = many_small(tensors, elements=1)
         workload = replace(workload, dtype=getattr(kind, "dtype", workload.dtype))
-        params = workload.parameters()
+        prepared.append((rule, kind, workload, workload.parameters()))
+    for rule, kind, workload, params in prepared:
         try:
             contender = kind(rule, params)
         except UnavailableError:
             continue
         for gradients, fresh in FRESH.items():
-            for _ in range(WARMUP):
+            label = Label(HOST, f"{rule.name}, {kind.name}, {gradients}", "", len(params))
+            for number in range(WARMUP + STEPS):
                 if fresh:
                     workload.renew_gradients(params)
+                if number >= WARMUP:
+                    counting.begin()
                 contender.run()
-            if fresh:
-                workload.renew_gradients(params)
-            counting.begin()
-            contender.run()
-            name = f"{rule.name}, {kind.name}, {gradients}"
-            counting.end(Label(HOST, name, "", tensors))
+                if number >= WARMUP:
+                    counting.end(label)
 
 
 def kernel_cases(which: str) -> Iterator[tuple[str, Rule, type[Mode]]]:
@@ -401,11 +464,10 @@ def count_kernels(counting: Counting, which: str) -> None:
     assert extension is not None
     isas = [isa for isa in ISAS if isa in extension.supported_isas()]
     for (name, rule, mode), elements in product(kernel_cases(which), ELEMENTS):
-        params = Workload(name, "synthetic", ((elements,),), mode.dtype).parameters()
+        params = one_tensor(elements, mode.dtype)
         try:
             contender = mode(rule, params)
-            for _ in range(WARMUP):
-                contender.run()
+            contender.run()
         except ValueError:  # the mode is not for this rule
             continue
         counting.begin()
@@ -415,12 +477,17 @@ def count_kernels(counting: Counting, which: str) -> None:
             contender.run()
             counting.end(Label(KERNELS, f"{name}, {operation}", isa, elements))
     for (short, dtype), elements in product(kernels.DTYPES.items(), ELEMENTS):
-        params = Workload(short, "synthetic", ((elements,),), dtype).parameters()
+        params = one_tensor(elements, dtype)
         counting.begin()
         for isa in isas:
             extension.use_isa(isa)
             fastopt.clip_grad_norm_(params, MAX_NORM)
             counting.end(Label(KERNELS, f"clip_grad_norm_ {short}", isa, elements))
+
+
+def one_tensor(elements: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(0)  # conversions of denormal fp16 numbers take more instructions
+    return Workload("one tensor", "synthetic", ((elements,),), dtype).parameters()
 
 
 if __name__ == "__main__":

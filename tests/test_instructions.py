@@ -9,30 +9,29 @@ from bench.instructions import ALL, FEW, HOST, INSTRUCTIONS, KERNELS, Table
 
 @pytest.fixture(scope="module", params=[FEW, pytest.param(ALL, marks=pytest.mark.full)])
 def counted(request):
-    """What is counted, by title, and whether it is complete."""
+    """Which lines are counted, and the tables, by title."""
     try:
         instructions.versions()
         native.load("callgrind.c")
     except UnavailableError as reason:
         pytest.skip(str(reason))
     tables = instructions.measured(request.param)
-    return {table.title: table for table in tables}, request.param == ALL
+    return request.param, {table.title: table for table in tables}
 
 
 @pytest.mark.parametrize("title", [HOST, KERNELS])
 def test_figures_are_those_of_the_table(counted, title):
-    tables, complete = counted
+    which, tables = counted
     old = instructions.parse(instructions.TABLES.read_text())[title]
     if others := instructions.other_versions(old, tables[title]):
         pytest.skip("; ".join(others))
-    found = instructions.wrong(old, tables[title], complete)
+    found = instructions.wrong(old, tables[title], which == ALL)
     assert not found, "\n".join(["", *found])
 
 
 def test_a_step_allocates_nothing_per_tensor(counted):
-    """Whatever the versions: it neither asks the system for memory, with kept or fresh gradients,
-    nor makes objects for tensors, but for the gradients' own."""
-    lines = counted[0][HOST].lines
+    """With kept and with fresh gradients, whatever the versions."""
+    lines = counted[1][HOST].lines
     ours = {name: line for name, line in lines.items() if "torch" not in name}
     assert ours
     for name, line in ours.items():

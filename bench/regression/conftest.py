@@ -7,10 +7,11 @@ from time import perf_counter
 from typing import Any
 
 import pytest
+import torch
 
 from bench import machine
 
-ROUNDS, WARMUP = 15, 3
+ROUNDS, WARMUP = 11, 3
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
@@ -20,6 +21,12 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, str]:
     return {"id": machine.commit()}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Times of more depend on who else is using the machine."""
+    torch.set_num_threads(1)
 
 
 Run = Callable[[], object]
