@@ -455,7 +455,8 @@ def kernel_cases(which: str) -> Iterator[tuple[str, Rule, type[Mode]]]:
     for ((rule, states), variant), mode in product(kernels.variants().items(), MODES):
         if "state_dtype" in mode.settings and not states:
             continue
-        if which == ALL or mode is MODES[0] or variant.optimizer is fastopt.Adam:
+        default_adam = variant.optimizer is fastopt.Adam and variant in rules()
+        if which == ALL or mode is MODES[0] or default_adam:
             yield f"{rule}({', '.join(states)}) {mode.title}", variant, mode
 
 

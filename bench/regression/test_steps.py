@@ -8,14 +8,13 @@ import torch
 import fastopt
 from bench import bound
 from bench.contenders import Fastopt, Rule, TorchFused, UnavailableError, rules
-from bench.instructions import MODES
+from bench.instructions import MODES, OPERATIONS
 from bench.workloads import Workload
 
 SETS = {
     "cached": Workload("16 x 16 Ki", "synthetic", ((1 << 14,),) * 16),
     "beyond": Workload("8 x 1 Mi", "synthetic", ((1 << 20,),) * 8),
 }
-OPERATIONS = {"step": False, "clip + step": True}
 CASES = [
     *((rule, Fastopt) for rule in rules()),
     *((rule, TorchFused) for rule in rules()),
