@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench figures lint clean
 demo: $(READY)
 	$(RUN) -m bench.demo
 
@@ -15,6 +15,10 @@ test: $(READY)
 
 bench: $(READY)
 	$(RUN) -m bench run
+
+figures: $(READY)
+	$(RUN) -m bench.kernels --write
+	$(RUN) -m bench.instructions --write
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -7,5 +7,7 @@ which ``measure`` times with ``clocks``; ``overhead`` is the host's time by the 
 ``tables``, ``goals`` and ``compare`` tell.
 
 Programs of their own are ``demo`` and ``trajectories`` (training runs), ``instructions`` (counted
-instead of time), and ``kernels`` with ``offline`` and ``assembly`` (what Triton's compile to).
+instead of time), and ``kernels`` with ``offline`` and ``assembly`` (what Triton's compile to); what
+changed of both tables is in ``history``. ``regression`` times what later versions are compared
+with. ``plots``, ``page`` and ``scale`` are `plot`, `report` and `plan`.
 """

@@ -4,8 +4,5 @@
 
 void callgrind_start(void) { CALLGRIND_START_INSTRUMENTATION; }
 
-// Counting is off at first.
-void callgrind_toggle(void) { CALLGRIND_TOGGLE_COLLECT; }
-
 // Ends a part of the run: its counts go to a file that bears the label, and start at zero again.
 void callgrind_dump(const char *label) { CALLGRIND_DUMP_STATS_AT(label); }

@@ -21,7 +21,7 @@ from fastopt import packing
 from fastopt.packing import Stored
 from fastopt.rules import RULES
 
-from . import assembly, contenders, offline
+from . import assembly, contenders, history, offline
 
 TABLE = Path(__file__).with_suffix(".txt")
 
@@ -200,13 +200,14 @@ def one_tensor(
     return tensors
 
 
-def variants() -> list[tuple[str, tuple[str, ...]]]:
-    """Every rule of the optimizers with every set of states that it can have."""
-    found = []
+def variants() -> dict[tuple[str, tuple[str, ...]], contenders.Rule]:
+    """Every rule of the optimizers with every set of states that it can have, and the first
+    optimizer that does."""
+    found: dict[tuple[str, tuple[str, ...]], contenders.Rule] = {}
     for variant in contenders.rules(all_variants=True):
         optimizer = variant.optimizer([torch.zeros(1)], **variant.flags)
-        found.append((optimizer.rule.name, optimizer.rule.states(optimizer.defaults)))
-    return list(dict.fromkeys(found))
+        found.setdefault((optimizer.rule.name, optimizer.rule.states(optimizer.defaults)), variant)
+    return found
 
 
 def is_fit(rule: str, states: tuple[str, ...]) -> bool:
@@ -298,6 +299,22 @@ def differences(committed: list[str], lines: list[str], complete: bool = True) -
     ]
 
 
+def figures(lines: list[str]) -> history.Figures:
+    """Those of a table, by name and by column."""
+    columns = assembly.Figures._fields
+    cells = (line.rsplit(maxsplit=len(columns)) for line in lines[1:])
+    return {
+        " ".join(name.split()): dict(zip(columns, map(int, of_name), strict=True))
+        for name, *of_name in cells
+    }
+
+
+def versions(lines: list[str]) -> dict[str, str]:
+    """What the first line of a table says."""
+    name, version, *_ = lines[0].split()
+    return {name: version}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the table")
@@ -308,6 +325,8 @@ def main() -> None:
     lines = table(track(compile_all(jobs), f"Compiling {len(jobs)} kernels", len(jobs)))
     if write:
         TABLE.write_text("".join(f"{line}\n" for line in lines))
+        old = history.committed(TABLE).splitlines()
+        history.record(TABLE, figures(old), figures(lines), versions(lines))
     elif found := differences(TABLE.read_text().splitlines(), lines):
         print(*found, sep="\n")
         sys.exit(1)

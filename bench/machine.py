@@ -147,8 +147,12 @@ def read(path: str | Path) -> str:
 
 def first_line(*command: str) -> str:
     """What a command says first, empty where there is no such command."""
+    return next(iter(output(*command).splitlines()), "")
+
+
+def output(*command: str) -> str:
+    """What a command says, empty where there is no such command."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True).stdout
     except OSError:
         return ""
-    return next(iter(result.stdout.splitlines()), "")
