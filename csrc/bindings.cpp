@@ -73,14 +73,15 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
   m.def("rules", [] { return rules(std::make_index_sequence<kRules>()); });
   m.def("rule_index", &rule_index);
-  using Layout = std::array<uint64_t, sizeof fields / sizeof(uint64_t)>;
-  m.def("use_layout", [](const Layout& layout, uintptr_t make, uintptr_t assign, uintptr_t destroy) {
-    std::memcpy(&fields, layout.data(), sizeof fields);
+  m.def("use_torch_fields", [](const std::array<uint64_t, sizeof fields / sizeof(uint64_t)>& found,
+                               uintptr_t make, uintptr_t assign, uintptr_t destroy) {
+    std::memcpy(&fields, found.data(), sizeof fields);
     functions = {reinterpret_cast<decltype(functions.make)>(make),
                  reinterpret_cast<decltype(functions.assign)>(assign),
                  reinterpret_cast<decltype(functions.destroy)>(destroy)};
     fields_known = true;
   });
+  m.def("knows_torch_fields", [] { return fields_known; });
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : kIsas)

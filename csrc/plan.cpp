@@ -44,7 +44,7 @@ Description::Description(py::handle object, const py::tuple& types) : data(nullp
   shape.assign(tensor.sizes(), tensor.sizes() + tensor.dim());
   strides.assign(tensor.strides(), tensor.strides() + tensor.dim());
   const Layout layout(shape, {strides});
-  if (!layout.contiguous(0)) return;
+  if (!layout.contiguous(0) || (layout.numel() && !tensor.is_plain())) return;
   static char nothing;
   data = layout.numel() ? tensor.data(kItemSize[found]) : &nothing;
 }
@@ -128,7 +128,7 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         // Where there is no gradient yet, one like the parameter is expected.
         const auto like = TorchTensor::of(item.has_grad ? grad.ptr() : item.param);
         item.grad_keys = like.keys();
-        item.grad_dtype = like.dtype();
+        item.grad_dtype = like.dtype_and_device();
       }
       watch(param);
       if (!own_state.is_none()) {
@@ -201,7 +201,8 @@ bool dict_holds(PyObject* dict, uint64_t& tag, const Entry* begin, const Entry* 
 }
 
 int64_t version_of(PyObject* param) {
-  if (fields_known) return *TorchTensor::of(param).version();
+  if (fields_known)
+    if (const uint32_t* version = TorchTensor::of(param).version()) return *version;
   return py::handle(param).attr("_version").cast<int64_t>();
 }
 
@@ -230,6 +231,13 @@ py::list Plan::versions() const {
   return versions;
 }
 
+// Whether a gradient is of the kind that the plan was built for.
+bool Plan::is_expected(const Item& item, TorchTensor grad) const {
+  const int64_t* shape = sizes_.data() + item.sizes;
+  return grad.keys() == item.grad_keys && grad.dtype_and_device() == item.grad_dtype &&
+         grad.has(item.ndim, shape, shape + item.ndim);
+}
+
 // Takes the gradient's address; false where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {
   Item& item = items_[i];
@@ -237,10 +245,7 @@ bool Plan::find_grad(size_t i) {
   item.had_grad = item.has_grad;
   item.has_grad = grad.has_value();
   if (!grad) return true;
-  const int64_t* shape = sizes_.data() + item.sizes;
-  if (!item.updated || grad->keys() != item.grad_keys || grad->dtype() != item.grad_dtype ||
-      !grad->has(item.ndim, shape, shape + item.ndim))
-    return false;
+  if (!item.updated || !is_expected(item, *grad)) return false;
   char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)]);
   if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
   tensors_[i].operands[1].data = data;
@@ -251,7 +256,7 @@ bool Plan::refresh(int threads) {
   release();
   if (!fields_known || !groups_hold() || !state_holds()) return false;
   // No Python object is changed or called, so the threads share the wait for memory, while this one
-  // keeps everybody else from changing anything; and they are awake for the passes that follow.
+  // keeps the GIL from everybody else; and they are awake for the passes that follow.
   std::atomic<bool> holds = true, same_grads = true;
   parallel_for(static_cast<int64_t>(items_.size()), 64, threads, [&](int64_t i) {
     Item& item = items_[i];
@@ -260,24 +265,23 @@ bool Plan::refresh(int threads) {
       holds = false;
     else if (item.has_grad != item.had_grad)
       same_grads = false;
-    else if (item.step)
-      item.steps_made = *item.step;
+    if (holds && item.has_grad && item.step) item.steps_made = *item.step;
   });
   if (!holds) return false;
   if (!same_grads) schedule();
-  if (!are_long_) return true;
-  held_.resize(items_.size());
+  if (!holds_grads_) return true;
+  if (held_.empty()) held_ = std::vector<HeldTensor>(items_.size());
   for (size_t i = 0; i < items_.size(); ++i)
     if (items_[i].has_grad) held_[i].hold(TorchTensor::of(items_[i].param).grad_slot());
   return true;
 }
 
 // Calls f, which reads the gradients. Where these are held, other Python threads may run meanwhile.
-// Holding one costs more than a short pass over it; where they are short no thread may run, and has
-// replaced none so far.
+// Holding one costs more than a short pass over it: where they are not held no Python thread may run,
+// and none must have replaced any so far.
 template <class F>
 auto Plan::pass(const F& f) const {
-  if (!are_long_ && grads_.empty()) {
+  if (!holds_grads_ && grads_.empty()) {
     check_grads();
     return f();
   }
@@ -289,8 +293,8 @@ void Plan::check_grads() const {
   for (size_t i = 0; i < items_.size(); ++i) {
     if (!items_[i].has_grad) continue;
     const auto grad = TorchTensor::of(items_[i].param).grad();
-    if (!grad || grad->data(kItemSize[static_cast<int>(items_[i].grad_type)]) !=
-                     tensors_[i].operands[1].data)
+    if (!grad || !is_expected(items_[i], *grad) ||
+        grad->data(kItemSize[static_cast<int>(items_[i].grad_type)]) != tensors_[i].operands[1].data)
       throw std::runtime_error(
           "another thread replaced gradients while the optimizer made a step with them: nothing was "
           "changed");
@@ -304,14 +308,16 @@ void Plan::release() {
 
 void Plan::schedule() {
   int64_t bytes = 0, grads = 0;
+  bool elsewhere = false;  // other parts are not done with the gradients when a call returns
   for (size_t i = 0; i < items_.size(); ++i) {
     const Item& item = items_[i];
     tensors_[i].active = item.has_grad && item.part == 0;
-    if (!tensors_[i].active) continue;
+    if (!item.has_grad) continue;
+    elsewhere |= item.part != 0;
     bytes += tensors_[i].layout.numel() * kItemSize[static_cast<int>(item.grad_type)];
     ++grads;
   }
-  are_long_ = bytes >= grads * kLong;
+  holds_grads_ = elsewhere || bytes >= grads * kLong || bytes >= kLongInAll;
   schedule_.emplace(tensors_);
   ++pattern_;
 }
@@ -348,7 +354,6 @@ py::bytes Plan::words_of(int part, const F& word) const {
 }
 
 py::bytes Plan::grads(int part) const {
-  if (grads_.empty()) check_grads();
   return words_of(part, [this](size_t i) {
     return items_[i].has_grad ? reinterpret_cast<int64_t>(tensors_[i].operands[1].data) : kNoGrad;
   });
@@ -383,7 +388,8 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
     if (item.step) *item.step += 1;
     item.fresh = false;
     // Autograd does not see writes through an address.
-    if (fields_known) __atomic_fetch_add(TorchTensor::of(item.param).version(), 1, __ATOMIC_RELAXED);
+    uint32_t* version = fields_known ? TorchTensor::of(item.param).version() : nullptr;
+    if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
   });
   if (!fields_known) increment_versions();
   // Of all, because parameters may share a version. `refresh` has seen that nobody else wrote them.

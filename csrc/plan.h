@@ -100,7 +100,7 @@ class Plan {
     double steps_made;
     int32_t ndim;
     int32_t group;
-    uint16_t grad_dtype;  // torch's number
+    uint32_t grad_dtype;  // and its device: see dtype_and_device
     DType grad_type;
     int16_t repeat;  // how often the parameter stands earlier in the groups
     int16_t part;
@@ -113,7 +113,8 @@ class Plan {
   };
 
   static constexpr int64_t kNoGrad = -1;  // as in kernels/multi_tensor.py
-  static constexpr int64_t kLong = 16 * 1024;  // bytes of a gradient, on average
+  // Bytes of a gradient, on average, and of all, from which on they are held.
+  static constexpr int64_t kLong = 1 << 14, kLongInAll = 1 << 26;
 
   template <class F>
   py::bytes words_of(int part, const F& word) const;
@@ -123,6 +124,7 @@ class Plan {
   void watch(py::handle tensor);
   bool groups_hold() const;
   bool state_holds();
+  bool is_expected(const Item& item, TorchTensor grad) const;
   bool find_grad(size_t i);
   bool item_holds(Item& item);
   void schedule();
@@ -135,7 +137,7 @@ class Plan {
   // The gradients, from when they are found until they have been read: those that the plan was built
   // with, and those of a later step.
   std::vector<py::object> grads_;
-  std::vector<HeldTensor> held_;  // one for each item, where they are long
+  std::vector<HeldTensor> held_;  // one for each item, where they are held
   std::vector<py::object> kept_;  // keeps every object that is compared by identity alive
   std::vector<py::object> group_params_;
   std::vector<Entry> state_entries_;  // of state_ itself
@@ -148,7 +150,7 @@ class Plan {
   std::vector<Tensor> tensors_;  // one for each item
   int64_t pattern_ = 0;
   bool repeats_ = false;   // a parameter stands twice in the groups
-  bool are_long_ = false;  // the gradients of part 0
+  bool holds_grads_ = false;
   std::vector<Cohort> cohorts_;
   std::vector<int> last_cohort_;  // of each group
   std::optional<Schedule> schedule_;

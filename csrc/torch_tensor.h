@@ -1,5 +1,5 @@
-// What a step looks at of torch's tensors, read where torch keeps it: fastopt/layout.py has found out
-// where that is. Nothing here needs torch's headers or libraries, or calls them.
+// What a step looks at of torch's tensors, read where torch keeps it: fastopt/torch_fields.py has found
+// out where that is. Nothing here needs torch's headers or libraries.
 #pragma once
 
 #include <Python.h>
@@ -7,13 +7,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <optional>
+#include <stdexcept>
 
 #include "dtypes.h"
 
 namespace fastopt {
 
-// As Layout in fastopt/layout.py, where each is explained.
+// As Fields in fastopt/torch_fields.py, which explains them, in the same order.
 struct TensorFields {
   uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data, grad,
       number, undefined, plain_keys;
@@ -32,7 +34,7 @@ struct TensorFunctions {
 
 inline TensorFunctions functions;
 
-// torch's numbers of the dtypes, in the order of DType.
+// torch's numbers of the dtypes (SCALAR_TYPES in fastopt/torch_fields.py), in the order of DType.
 inline constexpr uint16_t kScalarTypes[] = {6, 7, 15, 5};
 
 // A view of a tensor that somebody else keeps alive.
@@ -45,6 +47,8 @@ class TorchTensor {
 
   uint64_t keys() const { return read<uint64_t>(impl_, fields.keys); }
   uint16_t dtype() const { return read<uint16_t>(impl_, fields.dtype); }
+  // The dtype and what stands beside it, the device.
+  uint32_t dtype_and_device() const { return read<uint32_t>(impl_, fields.dtype); }
   int64_t dim() const { return read<int64_t>(impl_, fields.dim); }
   const char* storage() const { return read<const char*>(impl_, fields.storage); }
   const int64_t* sizes() const {
@@ -57,6 +61,12 @@ class TorchTensor {
   char* data(int64_t item_size) const {
     char* memory = storage() ? read<char*>(storage(), fields.data) : nullptr;
     return memory ? memory + read<int64_t>(impl_, fields.storage_offset) * item_size : nullptr;
+  }
+
+  // Whether the memory is of torch's own allocator for CPUs: not shared until it is written, say.
+  bool is_plain() const {
+    return storage() && read<uint64_t>(storage(), fields.data + 2 * sizeof(uint64_t)) ==
+                            read<uint64_t>(storage(), fields.data);
   }
 
   // Strides of dimensions of size 1 have no meaning, and torch does not keep them.
@@ -80,8 +90,10 @@ class TorchTensor {
     return TorchTensor(read<const char*>(slot, 0));
   }
 
+  // Null for a tensor of inference mode.
   uint32_t* version() const {
-    return reinterpret_cast<uint32_t*>(read<char*>(impl_, fields.version) + fields.number);
+    char* counter = read<char*>(impl_, fields.version);
+    return counter ? reinterpret_cast<uint32_t*>(counter + fields.number) : nullptr;
   }
 
   // A number that another address, storage, shape, dtype or kind of tensor would change: a sum of
@@ -94,7 +106,9 @@ class TorchTensor {
     };
     add(reinterpret_cast<uint64_t>(impl_));
     add(reinterpret_cast<uint64_t>(storage()));
-    if (storage()) add(read<uint64_t>(storage(), fields.data));
+    if (storage())
+      for (uint64_t word = 0; word < 3; ++word)  // with who frees it, which tells of copy-on-write
+        add(read<uint64_t>(storage(), fields.data + word * sizeof(uint64_t)));
     const int64_t dim = this->dim();
     add(dim);
     const int64_t *sizes = this->sizes(), *strides = sizes + std::max(dim, kInline);
@@ -103,13 +117,13 @@ class TorchTensor {
       add(strides[d]);
     }
     add(read<uint64_t>(impl_, fields.storage_offset));
-    add(dtype());
+    add(dtype_and_device());
     add(keys());
     return sum;
   }
 
  private:
-  static constexpr int64_t kInline = 5;  // INLINE in fastopt/layout.py
+  static constexpr int64_t kInline = 5;  // INLINE in fastopt/torch_fields.py
 
   template <class T>
   static T read(const char* object, uint64_t offset) {
@@ -125,21 +139,22 @@ class TorchTensor {
 class HeldTensor {
  public:
   HeldTensor() = default;
-  HeldTensor(HeldTensor&& other) noexcept : tensor_(other.tensor_) { other.tensor_ = nullptr; }
+  HeldTensor(const HeldTensor&) = delete;
+  HeldTensor& operator=(const HeldTensor&) = delete;
   ~HeldTensor() {
     if (tensor_) functions.destroy(tensor_);
   }
 
   void hold(const void* tensor) {
-    if (!tensor_) functions.make(&tensor_);
-    functions.assign(tensor, tensor_);
+    if (!tensor_ && functions.make(&tensor_)) throw std::bad_alloc();
+    if (functions.assign(tensor, tensor_)) throw std::runtime_error("torch did not share a tensor");
     holds_ = true;
   }
   void release() {
     if (!holds_) return;
     static void* const undefined = [] {
       void* made = nullptr;
-      functions.make(&made);
+      if (functions.make(&made)) throw std::bad_alloc();
       return made;
     }();
     functions.assign(undefined, tensor_);

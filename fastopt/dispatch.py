@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout
+from . import torch_fields
 from .rules import RULES
 
 # In the order of DType in csrc/dtypes.h.
@@ -43,17 +43,21 @@ def _load() -> tuple[ModuleType | None, str]:
             f"the compiled extension cannot be imported ({error}): "
             "reinstall fastopt where there is a C++ compiler, or use a wheel for this Python"
         )
+    another = "the compiled extension is of another version of fastopt: reinstall fastopt"
     compiled = {name: tuple(filter(None, names.split(", "))) for name, _, names in _C.rules()}
     if any(compiled.get(name) != rule.scalar_names for name, rule in RULES.items()):
-        return None, "the compiled extension is of another version of fastopt: reinstall fastopt"
+        return None, another
+    try:
+        if found := torch_fields.find():
+            fields, functions = found
+            _C.use_torch_fields(fields, *functions)
+    except (AttributeError, TypeError):
+        return None, another
     try:
         if isa := os.environ.get("FASTOPT_ISA"):
             _C.use_isa(isa)
     except ValueError as error:
         return None, f"FASTOPT_ISA={isa}: {error}"
-    if found := layout.find():
-        fields, functions = found
-        _C.use_layout(fields, *functions)
     return _C, ""
 
 
@@ -100,6 +104,8 @@ def _backend(name: str) -> Backend:
     module, detail = _loaded(name)
     if module and name == "cpp":
         detail = f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads"
+        if not module.knows_torch_fields():
+            detail += "; slow on many tensors: this torch keeps its tensors in an unknown way"
     return Backend(module is not None, detail)
 
 

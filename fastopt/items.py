@@ -34,7 +34,6 @@ class Watched(NamedTuple):
 
     Args:
         grad: None where there is none now.
-        grad_type: the gradient's Python type.
         state: the optimizer's for this parameter, None where it is empty.
         rule: index into Rules of csrc/rules.h.
         operands: descriptions of parameter, gradient and states.
@@ -46,7 +45,6 @@ class Watched(NamedTuple):
     """
 
     grad: Tensor | None
-    grad_type: type
     state: dict[str, Any] | None
     rule: int
     operands: list[Description]
@@ -101,7 +99,6 @@ class Item:
         param, *states = self.stored
         return Watched(
             grad=self.grad,
-            grad_type=Tensor if self.grad is None else type(self.grad),
             state=self.state or None,
             rule=extension.rule_index(rule.name, " ".join(self.names)),
             operands=[

@@ -123,8 +123,11 @@ class Optimizer(torch.optim.Optimizer):
 
     @staticmethod
     def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
-        """What torch wraps `step` in, for hooks and profilers; free where there are none."""
-        watched = torch.optim.Optimizer.profile_hook_step(step)
+        """What torch wraps `step` in, for hooks and profilers; free where a step begins without.
+
+        Python cannot tell of an `ExecutionTraceObserver` without a profiler: it misses the step.
+        """
+        hooked = torch.optim.Optimizer.profile_hook_step(step)
 
         @functools.wraps(step)
         def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -134,8 +137,9 @@ class Optimizer(torch.optim.Optimizer):
                 or _global_optimizer_pre_hooks
                 or _global_optimizer_post_hooks
                 or torch._C._autograd._profiler_enabled()
+                or torch.autograd.profiler._is_profiler_enabled
             )
-            return (watched if is_watched else step)(self, *args, **kwargs)
+            return (hooked if is_watched else step)(self, *args, **kwargs)
 
         return wrapper
 

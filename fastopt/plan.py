@@ -158,6 +158,14 @@ class Plan:
 
     def run(self, optimizer: Optimizer, rows: Rows) -> None:
         """Makes the step, and sets ``optimizer.grad_norm``."""
+        try:
+            self._run(optimizer, rows)
+        except BaseException:
+            if self.native is not None:
+                self.native.release()  # the gradients, which a step that is made has done with
+            raise
+
+    def _run(self, optimizer: Optimizer, rows: Rows) -> None:
         # All that may raise comes before any change.
         cohorts = [] if self.native is None else self.native.cohorts()
         scalars = array("d")

@@ -5,31 +5,59 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastopt
-from fastopt import layout
+from fastopt import torch_fields
 
 SHAPES = ((8, 8), (16,), (), (2, 1, 3, 2, 1, 2, 2))
 
 
 def test_the_layout_is_known_here():
     """Else every step would be planned anew: right, but slow."""
-    assert layout.find() is not None
+    assert torch_fields.find() is not None
 
 
 @pytest.mark.parametrize("name", ["_sizes", "_autograd", "_version", "_function"])
 def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
     def fails(*arguments):
-        raise layout.NotFoundError
+        raise torch_fields.NotFoundError
 
-    monkeypatch.setattr(layout, name, fails)
-    assert layout.find() is None
+    monkeypatch.setattr(torch_fields, name, fails)
+    assert torch_fields.find() is None
 
 
 def test_a_field_in_two_places_is_not_found():
-    with pytest.raises(layout.NotFoundError):
-        layout._offset([b"abab", b"cdcd"], [b"ab", b"cd"])
+    with pytest.raises(torch_fields.NotFoundError):
+        torch_fields._offset([b"abab", b"cdcd"], [b"ab", b"cd"])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        FakeTensorMode,
+        lambda: torch.device("meta"),
+    ],
+)
+def test_they_are_found_in_any_mode(mode):
+    with mode():
+        found = torch_fields.find()
+    assert found == torch_fields.find()
+
+
+def test_they_are_found_within_functorch():
+    found = []
+
+    def loss(x: Tensor) -> Tensor:
+        found.append(torch_fields.find())
+        return x.sum()
+
+    torch.func.grad(loss)(torch.ones(2))
+    torch.func.functionalize(loss)(torch.ones(2))
+    assert found == 2 * [torch_fields.find()]
 
 
 def pair() -> tuple[list[Tensor], fastopt.AdamW, list[Tensor], fastopt.AdamW]:
@@ -120,6 +148,49 @@ def test_a_change_between_steps_is_seen(
     for param, other in zip(ours, others, strict=True):
         assert torch.equal(param, other)
         assert torch.equal(moments(optimizer, param), moments(reference, other))
+
+
+@pytest.mark.parametrize("settings", [{}, {"master_weights": "stochastic"}])
+@pytest.mark.parametrize("rule", fastopt.OPTIMIZERS)
+@pytest.mark.parametrize("pattern", ["1010", "1101", "1001", "0101"])
+def test_gradients_that_come_and_go(rule, pattern: str, settings):
+    dtype = torch.bfloat16 if settings else torch.float32
+    results = []
+    for backend in ("cpp", "reference"):
+        params = [torch.ones(n, dtype=dtype, requires_grad=True) for n in (5, 7)]
+        optimizer = rule(params, lr=0.1, backend=backend, **settings)
+        for number in range(12):
+            for param in params:
+                param.grad = torch.linspace(-1, number, param.numel(), dtype=dtype)
+            if pattern[number % 4] == "0":
+                params[1].grad = None
+            optimizer.step()
+        results.append(params)
+    for param, other in zip(*results, strict=True):
+        assert torch.equal(param, other)
+
+
+def test_a_state_moved_while_there_is_no_gradient():
+    ours, optimizer, others, reference = pair()
+    for params, of in ((ours, optimizer), (others, reference)):
+        params[0].grad = None
+        of.step()
+        of.state[params[0]]["step"].data = torch.tensor(7.0)
+        of.step()
+        step(params, of, 3)
+    assert torch.equal(ours[0], others[0])
+
+
+@pytest.mark.parametrize("what", ["param", "state", "grad"])
+def test_memory_that_is_shared_until_it_is_written(what: str):
+    ours, optimizer, *_ = pair()
+    step(ours, optimizer, 2)
+    own = {"param": ours[0], "state": moments(optimizer, ours[0]), "grad": ours[0].grad}[what]
+    clone = torch._lazy_clone(own.detach())
+    before = own.detach().tolist()
+    optimizer.step()
+    fastopt.clip_grad_norm_(ours, 1e-3)
+    assert clone.tolist() == before
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 TENSOR_BYTES = 176  # of a c10::TensorImpl
 STORAGE_BYTES = 64  # of a c10::StorageImpl; it has more
@@ -33,8 +34,8 @@ SCALAR_TYPES = {
 }
 
 
-class Layout(NamedTuple):
-    """Offsets in bytes; as TensorFields of csrc/torch_tensor.h has them.
+class Fields(NamedTuple):
+    """Offsets in bytes; as TensorFields of csrc/torch_tensor.h has them, in the same order.
 
     Args:
         impl: in a Python tensor: the address of its TensorImpl. The next ones are in that.
@@ -82,18 +83,20 @@ class NotFoundError(Exception):
     """A field has no place, or more than one."""
 
 
-def find() -> tuple[Layout, Functions] | None:
-    """The layout of this torch and its functions, None where they cannot be told for sure."""
+def find() -> tuple[Fields, Functions] | None:
+    """Those of this torch and its functions, None where they cannot be told for sure."""
     names = ("new_uninitialized_tensor", "assign_tensors", "delete_tensor_object")
     try:
         found = (_function("libtorch_cpu.so", f"aoti_torch_{name}") for name in names)
         addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
-        return _find(), Functions(*addresses)
-    except (AttributeError, NotFoundError, OSError, RuntimeError):
+        # Whatever the mode is that the process is in now.
+        with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+            return _find(), Functions(*addresses)
+    except Exception:  # whatever another version may raise
         return None
 
 
-def _find() -> Layout:
+def _find() -> Fields:
     tensors = _probes()
     impls = [_bytes(tensor._cdata, TENSOR_BYTES) for tensor in tensors]
     keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors]
@@ -109,11 +112,11 @@ def _find() -> Layout:
     addresses = [struct.pack("Q", tensor.untyped_storage().data_ptr()) for tensor in tensors]
     # The memory's address stands a second time there, for whoever frees it.
     data = min(_offsets(storages, addresses), default=-1)
-    if data < 0:
+    if data < 0 or bytes(WORD) in addresses:
         raise NotFoundError
     autograd_meta, grad, undefined = _autograd(tensors, impls)
     version, number = _version(tensors, impl)
-    return Layout(
+    return Fields(
         impl=impl,
         storage=storage,
         autograd_meta=autograd_meta,
