@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -24,8 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command, module_name in COMMANDS.items():
-        if importlib.util.find_spec(f"bench.{module_name}") is None:
-            continue
         module = importlib.import_module(f"bench.{module_name}")
         added = commands.add_parser(command, help=module.HELP, description=module.__doc__)
         module.add_arguments(added)

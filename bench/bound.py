@@ -47,12 +47,15 @@ def states(state: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """What a state consists of: several tensors where it is quantised by a class of its own."""
-    if type(value) is Tensor:
+    """What a state consists of: several tensors where it is a dict, or
+    quantised by a class of its own."""
+    parts = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    inner = [part for part in parts.values() if isinstance(part, (Tensor, dict))]
+    if inner:
+        for part in inner:
+            yield from tensors_of(part)
+    elif isinstance(value, Tensor):
         yield value
-    else:
-        parts = getattr(value, "__dict__", {}).values()
-        yield from (part for part in parts if isinstance(part, Tensor))
 
 
 def bytes_moved(moved: Traffic, clips: bool) -> int:

@@ -64,6 +64,8 @@ class Contender(ABC):
     name: ClassVar[str]
     #: What it keeps beside parameters of a dtype, as an addition to the name of that dtype.
     adds: ClassVar[str] = ""
+    #: The same with parameters of 16 bits, where that is something else.
+    adds_to_halves: ClassVar[str] = ""
     #: Whether what it loads or starts in a process would change the times of others there.
     own_process: ClassVar[bool] = False
     #: Whether a step takes so long that fewer rounds must do.
@@ -101,7 +103,10 @@ class Fastopt(Contender):
     name = "fastopt"
 
     def build(self, rule: Rule) -> Optimizer:
-        optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
+        try:
+            optimizer: Optimizer = rule.optimizer(self.params, lr=LR, **rule.flags)
+        except ValueError as error:  # the rule does not have the mode
+            raise UnavailableError(str(error)) from None
         return optimizer
 
     def set_clip(self, clip: bool) -> None:

@@ -121,7 +121,8 @@ def required(group: Group) -> int:
     each += sum(2 * case.dtype.itemsize + STATES for case in compiling)
     if UNSCALE in group.operations:
         each += sum(dtype.itemsize for dtype in {case.dtype for case in group.cases})
-    return round(each * group.workload.elements)
+    copied = 2 * group.copied if group.device.type == "cuda" else 0
+    return round(each * group.workload.elements) + copied
 
 
 def compiles(case: Case) -> bool:

@@ -78,7 +78,9 @@ run bench $((560 - SECONDS)) "$python" -m bench run --device cuda \
     --workload tinyllama-1.1b --workload small-1000x1000 --workload gpt2 \
     --workload overhead --workload startup --workload memory || failed=1
 results=$(sed -n 's/^Saved as //p' "$work/bench.log")
-run plot 60 "$python" -m bench plot "$results" || failed=1
+if [ -n "$results" ]; then
+    run plot 60 "$python" -m bench plot "$results" || failed=1
+fi
 
 if [ $# -gt 0 ]; then
     mkdir -p "$1"

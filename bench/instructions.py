@@ -468,7 +468,7 @@ def count_kernels(counting: Counting, which: str) -> None:
         try:
             contender = case.make(rule, params)
             contender.run()
-        except ValueError:  # the mode is not for this rule
+        except UnavailableError:  # the mode is not for this rule
             continue
         counting.begin()
         for operation, isa in product((STEP, CLIP), isas):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -85,7 +86,8 @@ def serve(pipe: Connection, threads: int, make: Callable[..., Any], *arguments: 
             answer = (UnavailableError, told(reason))
         except Exception as error:
             answer = (CrashedError, told(error))
-        pipe.send(answer)
+        with suppress(OSError):  # the other end may be gone
+            pipe.send(answer)
 
 
 class Remote:

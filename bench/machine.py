@@ -127,8 +127,8 @@ def cpu_seconds() -> tuple[float, float, float]:
     user, nice, system, idle, waiting, *interrupts_and_steal = ticks or [0] * 8
     used = user + nice + system + sum(interrupts_and_steal)
     frequency = os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return (used + idle + waiting) / frequency, used / frequency, own.user + own.system
+    own = sum(os.times()[:4])  # with its children that have ended
+    return (used + idle + waiting) / frequency, used / frequency, own
 
 
 def used_by_others(begin: tuple[float, float, float]) -> float:

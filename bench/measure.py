@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -68,7 +68,8 @@ def measure(group: Group) -> Iterator[Timing | Skip]:
     with ExitStack() as stack:
         turns: dict[Turn, Case] = {}
         yield from prepare(group, turns, stack)
-        every = [*turns, *bounds(group, turns)]
+        every = [*turns]
+        yield from add_bounds(group, turns, every)
         slow = {
             turn
             for turn, case in turns.items()
@@ -113,17 +114,25 @@ def prepare(group: Group, turns: dict[Turn, Case], stack: ExitStack) -> Iterator
         release(device)
 
 
-def bounds(group: Group, turns: dict[Turn, Case]) -> Iterator[Turn]:
-    """What the memory allows: on a CPU, of each precision of fastopt's."""
+def add_bounds(group: Group, turns: dict[Turn, Case], every: list[Turn]) -> Iterator[Skip]:
+    """Adds what the memory allows, on a CPU at each precision of fastopt's, and yields what cannot
+    be run."""
     if not group.with_bound:
         return
     if group.device.type == "cuda":
         if not group.workload.small:
-            yield Copy(group.device, group.copied, clocks.of(group.device, group.workload.elements))
+            stopwatches = clocks.of(group.device, group.workload.elements)
+            try:
+                every.append(Copy(group.device, group.copied, stopwatches))
+            except Exception as error:
+                yield skip(group, Copy, error)
         return
     for turn, case in turns.items():
         if case.kind is Fastopt and isinstance(turn, Local):
-            yield Bound(turn)
+            try:
+                every.append(Bound(turn))
+            except Exception as error:
+                yield replace(skip(group, turn, error), contender=BOUND)
 
 
 def compare(
@@ -210,7 +219,9 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def skip(group: Group, who: Case | Turn, error: Exception, operation: str = "") -> Skip:
+def skip(
+    group: Group, who: Case | Turn | type[Copy], error: Exception, operation: str = ""
+) -> Skip:
     case = case_of(group.rule.name, group.workload.name, who.precision, operation)
     return Skip(who.name, case, told(error), crashed=not isinstance(error, UnavailableError))
 

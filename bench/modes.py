@@ -65,7 +65,11 @@ class Case(NamedTuple):
 
     @property
     def precision(self) -> str:
-        return self.mode.name if self.mode else SHORT[self.dtype] + self.kind.adds
+        if self.mode:
+            return self.mode.name
+        is_half = self.dtype.itemsize == 2
+        adds = (is_half and self.kind.adds_to_halves) or self.kind.adds
+        return SHORT[self.dtype] + adds
 
     def make(self, rule: Rule, params: list[Tensor]) -> Contender:
         if self.mode:

@@ -190,7 +190,6 @@ def overheads(results: Results) -> Iterator[str]:
                 f"Every tensor costs {digits(slope.us_per_tensor)} us of {slope.clock} time with "
                 f"{slope.gradients} gradients{versus}."
             )
-            break
 
 
 def facts(results: Results) -> Iterator[tuple[str, str]]:

@@ -210,6 +210,8 @@ class DeepSpeedCPUAdam(Package):
     )
     devices = ("cpu",)
     compiles = True
+    own_process = True  # it is built for this very processor, and may fail on it
+    adds_to_halves = "+fp32 states"
 
     def build(self, rule: Rule) -> Optimizer:
         # Otherwise it looks for a GPU, and says on the standard output that there is none.
@@ -224,6 +226,7 @@ class BitsAndBytes(Package):
     """
 
     name = "bitsandbytes"
+    adds_to_halves = "+fp32 states"
     package = "bitsandbytes"
     module = "bitsandbytes.optim"
     classes = MappingProxyType(
@@ -241,6 +244,7 @@ class BitsAndBytes8Bit(BitsAndBytes):
     """States of tensors below 4096 elements stay fp32."""
 
     name = "bitsandbytes 8-bit"
+    adds_to_halves = ""
     classes = MappingProxyType(
         {
             title: found._replace(name=f"{found.name}8bit")
@@ -275,6 +279,7 @@ class Optimi(Package):
     """
 
     name = "optimi"
+    adds_to_halves = "+kahan"
     package = "torch-optimi"
     module = "optimi"
     classes = MappingProxyType(
@@ -322,6 +327,7 @@ class HeavyBall(Package):
     """Its states are fp32; parameters of 16 bits are rounded at random."""
 
     name = "heavyball"
+    adds_to_halves = "+stochastic"
     package = "heavyball"
     module = "heavyball"
     # By default a step drops the gradients, and the next one finds nothing to do.

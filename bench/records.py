@@ -189,6 +189,9 @@ _SAME = {
     "fp32+8bit": "fp32+8bit",
     "bf16": "none+bf16",
     "bf16+8bit": "split+8bit",
+    "bf16+fp32 states": "none",
+    "bf16+kahan": "split+bf16",
+    "bf16+stochastic": "stochastic",
     "bf16+fp32 master": "split",
     "fp16+fp32 master": "fp16-master",
 }

@@ -20,7 +20,7 @@ from .contenders import Contender, Fastopt, FastoptTorchScaler, Rule, rules
 from .footprints import compiles, footprint, required
 from .jobs import Job
 from .measure import Group, measure
-from .modes import FP32, MODES, SPLIT_8BIT, Case, Mode, ours
+from .modes import FP32, MODES, NONE_BF16, SPLIT_8BIT, Case, Mode, ours
 from .overhead import sweep
 from .peers import (
     PEERS,
@@ -118,7 +118,12 @@ def main(options: argparse.Namespace) -> int:
     except (ValueError, TooLittleMemoryError) as error:
         return refused(str(error))
     results = Results(run=about(options, chosen))
-    path = options.json or RESULTS / f"{results.run['name']}-{results.run['date'][:10]}.json"
+    time = results.run["date"][:16].replace(":", "")
+    path = options.json or RESULTS / f"{results.run['name']}-{time}.json"
+    try:
+        results.save(path)
+    except OSError as error:
+        return refused(f"The results cannot be saved: {error}.")
     finished = jobs.run(list(work(options, chosen)), results, path, console)
     results.run["used_by_others"] = round(machine.used_by_others(begin), 3)
     results.save(path)
@@ -247,7 +252,7 @@ def groups_of(rule: Rule, workload: Workload, options: argparse.Namespace) -> It
     if compiled and wanted:
         # torch's fused one takes part as what everybody knows.
         base = [Case(TorchFused, torch.float32)]
-        some = (options.mode and modes) or [FP32, SPLIT_8BIT]
+        some = (options.mode and modes) or [FP32, NONE_BF16, SPLIT_8BIT]
         yield make(rule, workload, [*ours(*some), *base, *compiled], operations)
 
 
@@ -295,8 +300,10 @@ def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
     first = [available.pop(name) for name in main_workloads(options)]
     rest = [found for found in available.values() if not found.large]
     huge = available[HUGE]
-    divisor = options.scale or divisor_that_fits(huge, options.device)
-    rest.append(huge.scaled(divisor) if not options.quick else huge)
+    if options.quick:
+        rest.append(huge)
+    elif divisor := options.scale or divisor_that_fits(huge, options):
+        rest.append(huge.scaled(divisor))
     return sized([*first, *rest], options)
 
 
@@ -309,17 +316,26 @@ def sized(found: Iterable[Workload], options: argparse.Namespace) -> list[Worklo
     return list(found)
 
 
-def divisor_that_fits(workload: Workload, device: torch.device) -> int:
-    """By which the largest model is divided where nobody asked for it: a power of two."""
+def divisor_that_fits(workload: Workload, options: argparse.Namespace) -> int | None:
+    """By which the largest model is divided where nobody asked for it: a power of two, None where
+    not even its smallest part fits."""
     cases = [*ours(FP32), *peer_cases(USUAL, [FP32])]
-    divisor = 2
-    while True:
+    free = machine.free_memory(options.device)
+    for divisor in divisors(workload):
         part = workload.scaled(divisor)
-        group = Group(rules()[0], part, cases, device=device)
-        too_slow = device.type == "cpu" and part.elements > HUGE_ELEMENTS
-        if not too_slow and required(group) <= SPARE * machine.free_memory(device):
+        groups = [Group(rule, part, cases, device=options.device) for rule in chosen_rules(options)]
+        too_slow = options.device.type == "cpu" and part.elements > HUGE_ELEMENTS
+        if not too_slow and max(map(required, groups)) <= SPARE * free:
             return divisor
-        divisor *= 2
+    return None
+
+
+def divisors(workload: Workload) -> Iterator[int]:
+    """Powers of two, as long as they make it smaller."""
+    divisor, elements = 2, workload.elements
+    while (smaller := workload.scaled(divisor).elements) < elements:
+        yield divisor
+        divisor, elements = 2 * divisor, smaller
 
 
 def check_memory(chosen: Iterable[Group], device: torch.device) -> None:
@@ -333,12 +349,13 @@ def check_memory(chosen: Iterable[Group], device: torch.device) -> None:
         needed = required(group)
         if needed <= SPARE * free:
             continue
-        divisor = 2
-        while required(replace(group, workload=group.workload.scaled(divisor))) > SPARE * free:
-            divisor *= 2
+        parts = (
+            f"a part of the model with --scale {divisor}, "
+            for divisor in divisors(group.workload)
+            if required(replace(group, workload=group.workload.scaled(divisor))) <= SPARE * free
+        )
         raise TooLittleMemoryError(
             f"{group.rule.name} on {group.workload.name} needs {needed / 2**30:.1f} GiB of memory "
-            f"for {len(group.cases)} contenders, and {free / 2**30:.1f} GiB are free: use a part "
-            f"of the model with --scale {divisor}, a smaller --workload, or fewer contenders with "
-            "--mode and --peer."
+            f"for {len(group.cases)} contenders, and {free / 2**30:.1f} GiB are free: use "
+            f"{next(parts, '')}a smaller --workload, or fewer contenders with --mode and --peer."
         )

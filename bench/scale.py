@@ -26,8 +26,8 @@ from rich.table import Table
 
 from . import bound, clocks, contenders, machine, workloads
 from .arguments import at_least, one_of, saved
-from .clocks import DEVICE, WALL, Clock, DeviceClock
-from .contenders import Contender, Fastopt, Rule
+from .clocks import DEVICE, HOST, WALL, Clock, DeviceClock
+from .contenders import Contender, Fastopt, Rule, UnavailableError
 from .footprints import held, stored_bytes
 from .measure import interleave, release
 from .modes import MODES, Case, Mode
@@ -222,7 +222,7 @@ def counted(mode: Mode, rule: Rule, clips: bool = False) -> Cost:
     """
     try:
         contender = stepped(mode, rule, COUNTED, CPU)
-    except ValueError as error:
+    except UnavailableError as error:
         raise PlanError(f"{rule.title}: {error}") from None
     kept = {part: size / COUNTED.elements for part, size in storages(contender).items()}
     moved = bound.bytes_moved(bound.traffic(contender), clips)
@@ -283,10 +283,10 @@ class Source:
 
 
 def find(given: Sequence[tuple[Results, Path]], mode: str, rule: Rule) -> Source:
-    """In the newest of the files that has the mode.
+    """In what is most like a large model's step, and in the newest file that has it.
 
     Args:
-        given: empty for those that are committed.
+        given: empty for those in ``bench/results``.
 
     Raises:
         PlanError: none has.
@@ -299,15 +299,16 @@ def find(given: Sequence[tuple[Results, Path]], mode: str, rule: Rule) -> Source
             f"There are no results in bench/{RESULTS.name}/ to plan from: `{command}` makes some, "
             "and --results names the file."
         )
-    for results, path in found:
-        timings = [
-            timing
-            for timing in results.timings
-            if (timing.contender, timing.precision, timing.rule) == (OURS, mode, rule.name)
-            and timing.operation in (STEP, CLIP)
-        ]
-        if timings:
-            return Source(path, results, max(timings, key=suitable), slopes(results, mode, rule))
+    sources = [
+        Source(path, results, timing, slopes(results, mode, rule))
+        for results, path in found
+        for timing in results.timings
+        if (timing.contender, timing.precision, timing.rule) == (OURS, mode, rule.name)
+        and timing.operation in (STEP, CLIP)
+        and timing.clock != HOST
+    ]
+    if sources:
+        return max(sources, key=lambda source: suitable(source.timing))  # of equals, the newest
     names = ", ".join(path.name for _, path in found)
     raise PlanError(f"No {rule.title} in mode {mode} in {names}: `{command}` measures it.")
 

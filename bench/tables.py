@@ -20,6 +20,7 @@ from rich.text import Text
 
 from . import goals
 from .arguments import saved
+from .modes import FP32
 from .records import BOUND, COPY, OURS, Results, Skip, Timing, case_of, counterpart, part_of_bound
 from .records import ratio as ratio_of
 
@@ -67,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
 
 def terminal(width: int = 160) -> Console:
     """Where the tables go; a file gets lines of a fixed width."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = width
     return console
@@ -127,7 +128,7 @@ def sections(results: Results) -> Iterator[Section]:
     """The tables: lines of few contenders together, then a table for each group of many."""
     groups = list(results.groups())
     failed = {(skip.contender, skip.case): skip for skip in results.skipped}
-    few = [group for group in groups if len(group) <= FEW]
+    few = [group for group in groups if is_short(group)]
     for clock in dict.fromkeys(group[0].clock for group in few):
         chosen = [group for group in few if group[0].clock == clock]
         names = list(dict.fromkeys(t.contender for group in chosen for t in group))
@@ -136,7 +137,7 @@ def sections(results: Results) -> Iterator[Section]:
         make = partial(wide_line, names=names, failed=failed)
         yield Section(f"Steps, {clock} time", columns, list(map(make, chosen)))
     for group in groups:
-        if len(group) > FEW:
+        if not is_short(group):
             first = group[0]
             title = f"{first.rule}, {first.workload}, {first.operation}, {first.clock} time"
             columns = ["", "precision", "ms", "+-", "x", "B/element", "GB/s", "of the bound", "in"]
@@ -158,6 +159,11 @@ def sections(results: Results) -> Iterator[Section]:
         yield Section(STARTUP, ["rule", *caches], lines)
     if reached := [line for line in goal_lines(goals.of(results)) if line]:
         yield Section("Goals", ["case", "goal", "bound", "measured", ""], reached)
+
+
+def is_short(group: list[Timing]) -> bool:
+    """Whether a line tells all of it."""
+    return len(group) <= FEW and {timing.precision for timing in group} <= {FP32.name, ""}
 
 
 def wide_line(

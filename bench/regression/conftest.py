@@ -57,6 +57,8 @@ def timed(benchmark: Any) -> Callable[..., None]:
             benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=WARMUP)
         finally:
             gc.enable()
+        if benchmark.stats is None:  # with --benchmark-disable
+            return
         pairs = zip(benchmark.stats.stats.data, seconds[WARMUP:], strict=True)
         low, median, high = quantiles([own / other for own, other in pairs], method="inclusive")
         benchmark.extra_info.update(

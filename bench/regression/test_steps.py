@@ -36,5 +36,5 @@ def test_step(timed, case, tensors, operation):
     except UnavailableError as reason:
         pytest.skip(str(reason))
     contender.set_clip(operation == CLIP)
-    loop = bound.BareLoop(bound.traffic(contender.optimizer))
+    loop = bound.BareLoop(bound.traffic(contender))
     timed(contender.run, f"bound, {who.precision}", lambda: loop.run(operation == CLIP))
