@@ -360,8 +360,10 @@ def draw_modes(results: Results) -> Iterator[Picture]:
                 text += f", {digits(times)} times the limit"
             axes.barh(row, ms, 0.72, color=COLOURS.get(timing.contender, OTHER))
             end = max(ms, bound) if limit else ms
+            if ms > ROOM * top:
+                text += ", beyond the scale"
             if ms > top:
-                text, end = f"{text}, beyond the scale", ROOM * top
+                end = min(ms, ROOM * top)
             axes.annotate(
                 text,
                 (end, row),
