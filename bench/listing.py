@@ -12,23 +12,20 @@ from .contenders import rules
 from .modes import MODES, SHORT
 from .peers import PEERS, availability
 from .run import SPECIAL
-from .tables import Cell, Line, Section, pipes, table, terminal
+from .tables import Cell, Line, Section, table, terminal
 
 HELP = "rules, workloads, precision modes, and peers with why they cannot run here"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="the tables in Markdown")
+    """It has none."""
 
 
 def main(options: argparse.Namespace) -> int:
     console = terminal()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for title, columns, lines in sections(device):
-        if options.markdown:
-            print(f"{title}:", pipes(columns, lines), sep="\n\n", end="\n\n")
-        else:
-            console.print(table(columns, lines, title=title))
+        console.print(table(columns, lines, title=title))
     return 0
 
 

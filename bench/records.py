@@ -42,10 +42,6 @@ class Timing:
         return median(self.samples_ns)
 
     @property
-    def ns_per_tensor(self) -> float:
-        return self.median_ns / self.tensors
-
-    @property
     def bytes_per_element(self) -> float:
         return self.needed_bytes / self.elements
 

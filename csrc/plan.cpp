@@ -213,7 +213,14 @@ bool Plan::state_holds() {
                     state_entries_.data() + state_entries_.size());
 }
 
-// Whether parameter and states are where they were, and nobody has written what must not be.
+// Whether nobody else has written a parameter that must not be, for all that its version tells.
+bool Plan::is_unwritten(const Item& item) const {
+  if (!item.has_version) return true;
+  const uint32_t* version = TorchTensor::of(item.param).version();
+  return version && item.version == *version;
+}
+
+// Whether parameter and states are where they were.
 bool Plan::item_holds(Item& item) {
   for (size_t w = item.watched; w < item.watched_end; ++w) {
     const Watched& watched = watched_[w];
@@ -242,7 +249,6 @@ bool Plan::is_expected(const Item& item, TorchTensor grad) const {
 bool Plan::find_grad(size_t i) {
   Item& item = items_[i];
   const auto grad = TorchTensor::of(item.param).grad();
-  item.had_grad = item.has_grad;
   item.has_grad = grad.has_value();
   if (!grad) return true;
   if (!item.updated || !is_expected(item, *grad)) return false;
@@ -260,10 +266,10 @@ bool Plan::refresh(int threads) {
   std::atomic<bool> holds = true, same_grads = true;
   parallel_for(static_cast<int64_t>(items_.size()), 64, threads, [&](int64_t i) {
     Item& item = items_[i];
-    if (!find_grad(i) || (item.has_grad && !item_holds(item)) ||
-        (item.has_version && item.version != version_of(item.param)))
+    const bool had_grad = item.has_grad;
+    if (!find_grad(i) || (item.has_grad && !item_holds(item)) || !is_unwritten(item))
       holds = false;
-    else if (item.has_grad != item.had_grad)
+    else if (item.has_grad != had_grad)
       same_grads = false;
     if (holds && item.has_grad && item.step) item.steps_made = *item.step;
   });

@@ -105,7 +105,7 @@ class Plan {
     int16_t repeat;  // how often the parameter stands earlier in the groups
     int16_t part;
     bool updated;  // once there is a gradient
-    bool has_grad, had_grad;
+    bool has_grad;
     bool scalars_here;  // its step is counted here, and it belongs to a cohort
     bool fresh;  // it has no step to count, and its states are new
     bool has_version;
@@ -127,6 +127,7 @@ class Plan {
   bool is_expected(const Item& item, TorchTensor grad) const;
   bool find_grad(size_t i);
   bool item_holds(Item& item);
+  bool is_unwritten(const Item& item) const;
   void schedule();
   void increment_versions() const;
   int cohort_of(const Item& item);

@@ -40,7 +40,7 @@ inline constexpr uint16_t kScalarTypes[] = {6, 7, 15, 5};
 // A view of a tensor that somebody else keeps alive.
 class TorchTensor {
  public:
-  explicit TorchTensor(const char* impl = nullptr) : impl_(impl) {}
+  explicit TorchTensor(const char* impl) : impl_(impl) {}
   static TorchTensor of(const PyObject* tensor) {
     return TorchTensor(read<const char*>(reinterpret_cast<const char*>(tensor), fields.impl));
   }

@@ -43,7 +43,7 @@ class Fields(NamedTuple):
         autograd_meta: the address of what autograd knows, or 0.
         version: the address of the counter of versions.
         dim: the number of dimensions.
-        sizes: the sizes, followed by the strides; from `INLINE` dimensions on, their address.
+        sizes: `INLINE` sizes, then as many strides; of more dimensions, the address of both.
         storage_offset: in elements.
         dtype: a number of 16 bits.
         keys: the set of dispatch keys, 64 bits, which tells layout, kind of device, lazy negation

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -447,3 +449,11 @@ def test_results_are_saved_and_loaded(tmp_path):
     assert Results.load(tmp_path / "a.json") == made
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text())["schema"] == 2
+
+
+def test_the_regression_suite_runs():
+    """Its times are for whoever asks; here it only has to work."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/regression"]
+    chosen = ["--benchmark-disable", "-k", "AdamW and cached and split+8bit or state_dict"]
+    done = subprocess.run([*command, *chosen], cwd=machine.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

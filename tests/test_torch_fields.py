@@ -1,6 +1,9 @@
 """Where torch keeps things: what is found there, and that a plan sees whatever changes."""
 
+import math
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -244,6 +247,20 @@ def test_gradients_replaced_between_looking_and_updating(n: int):
         assert torch.equal(param, before)
     else:
         native.update(rows, 1)  # the gradient was kept alive
+
+
+def test_a_step_that_raises_keeps_no_gradient():
+    param = torch.ones(10_000, requires_grad=True)  # long: held during a step
+    optimizer = fastopt.SGD([param], lr=1.0)
+    for lr in (1.0, 1.0, math.nan):
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.ones(10_000)
+        gone = weakref.ref(param.grad)
+        with pytest.raises(ValueError, match="not finite") if lr != lr else nullcontext():
+            optimizer.step()
+    assert optimizer._plan is not None
+    param.grad = None
+    assert gone() is None
 
 
 def test_versions_are_counted_once_a_step():
