@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <optional>
 #include <stdexcept>
 
 #include "dtypes.h"
@@ -42,7 +41,11 @@ class TorchTensor {
  public:
   explicit TorchTensor(const char* impl) : impl_(impl) {}
   static TorchTensor of(const PyObject* tensor) {
-    return TorchTensor(read<const char*>(reinterpret_cast<const char*>(tensor), fields.impl));
+    return at(reinterpret_cast<const char*>(tensor) + fields.impl);
+  }
+  // `slot` is the address of an at::Tensor.
+  static TorchTensor at(const void* slot) {
+    return TorchTensor(read<const char*>(static_cast<const char*>(slot), 0));
   }
 
   uint64_t keys() const { return read<uint64_t>(impl_, fields.keys); }
@@ -84,12 +87,6 @@ class TorchTensor {
     if (!meta || read<uint64_t>(meta, fields.grad) == fields.undefined) return nullptr;
     return meta + fields.grad;
   }
-  std::optional<TorchTensor> grad() const {
-    const char* slot = grad_slot();
-    if (!slot) return std::nullopt;
-    return TorchTensor(read<const char*>(slot, 0));
-  }
-
   // Null for a tensor of inference mode.
   uint32_t* version() const {
     char* counter = read<char*>(impl_, fields.version);
@@ -145,10 +142,12 @@ class HeldTensor {
     if (tensor_) functions.destroy(tensor_);
   }
 
-  void hold(const void* tensor) {
+  // `slot` is where the at::Tensor is; returns a view of what is held now.
+  TorchTensor hold(const char* slot) {
     if (!tensor_ && functions.make(&tensor_)) throw std::bad_alloc();
-    if (functions.assign(tensor, tensor_)) throw std::runtime_error("torch did not share a tensor");
+    if (functions.assign(slot, tensor_)) throw std::runtime_error("torch did not share a tensor");
     holds_ = true;
+    return TorchTensor::at(tensor_);
   }
   void release() {
     if (!holds_) return;

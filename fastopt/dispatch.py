@@ -228,6 +228,11 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             f"{where} is {param.dtype} and its gradient {grad.dtype}: "
             "set it to None when the parameter's dtype changes, or set parameter.grad_dtype"
         )
+    if is_faking() and not is_wrapper(param):
+        raise RuntimeError(
+            f"{where} is real, and a FakeTensorMode is active: step outside of it, or make the "
+            "model and its optimizer within it"
+        )
     if param.is_inference():
         raise RuntimeError(
             f"{where} was made in inference mode and must not be changed outside of it: clone it"
@@ -302,6 +307,16 @@ def _has_memory(tensor: Tensor) -> bool:
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether a subclass intercepts operators."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_faking() -> bool:
+    """Whether a FakeTensorMode is active, in which nothing real is to be computed."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def hides_grad(param: Tensor) -> bool:
+    """Whether a subclass keeps its gradient elsewhere than a tensor does."""
+    return type(param).grad is not Tensor.grad
 
 
 def _grad_dtype(param: Tensor) -> torch.dtype | None:
