@@ -46,7 +46,8 @@ Description::Description(py::handle object, const py::tuple& types) : data(nullp
   const Layout layout(shape, {strides});
   if (!layout.contiguous(0) || (layout.numel() && !tensor.is_plain())) return;
   static char nothing;
-  data = layout.numel() ? tensor.data(kItemSize[found]) : &nothing;
+  const int64_t item_size = kItemSize[found];
+  data = layout.numel() ? tensor.data(item_size, layout.numel() * item_size) : &nothing;
 }
 
 int rule_index(const std::string& name, const std::string& states) {
@@ -69,11 +70,7 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   const Sizes& shape = operands[0].shape;
   tensor.layout = Layout(shape, strides);
   tensor.grad_layout = Layout(shape, {strides[1]});
-  if (tensor.layout.numel() > 0) {
-    int64_t last = 0;
-    for (size_t d = 0; d < shape.size(); ++d) last += (shape[d] - 1) * strides[0][d];
-    tensor.extent = (last + 1) * kItemSize[static_cast<int>(operands[0].dtype)];
-  }
+  tensor.extent = extent(shape, strides[0], kItemSize[static_cast<int>(operands[0].dtype)]);
   return tensor;
 }
 
@@ -122,6 +119,8 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       if (item.has_grad) grads_.push_back(grad);
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.grad_type = operands[1].dtype;
+      item.grad_extent = extent(operands[0].shape, operands[1].strides,
+                                kItemSize[static_cast<int>(item.grad_type)]);
       for (const Sizes* sizes : {&operands[0].shape, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
       if (fields_known) {
@@ -252,8 +251,8 @@ bool Plan::find_grad(size_t i) {
   item.has_grad = grad.has_value();
   if (!grad) return true;
   if (!item.updated || !is_expected(item, *grad)) return false;
-  char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)]);
-  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
+  char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)], item.grad_extent);
+  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was resized
   tensors_[i].operands[1].data = data;
   return true;
 }
@@ -300,7 +299,8 @@ void Plan::check_grads() const {
     if (!items_[i].has_grad) continue;
     const auto grad = TorchTensor::of(items_[i].param).grad();
     if (!grad || !is_expected(items_[i], *grad) ||
-        grad->data(kItemSize[static_cast<int>(items_[i].grad_type)]) != tensors_[i].operands[1].data)
+        grad->data(kItemSize[static_cast<int>(items_[i].grad_type)], items_[i].grad_extent) !=
+            tensors_[i].operands[1].data)
       throw std::runtime_error(
           "another thread replaced gradients while the optimizer made a step with them: nothing was "
           "changed");
