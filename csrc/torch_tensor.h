@@ -17,8 +17,8 @@ namespace fastopt {
 
 // As Fields in fastopt/torch_fields.py, which explains them, in the same order.
 struct TensorFields {
-  uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data, nbytes,
-      grad, number, undefined, plain_keys;
+  uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data,
+      nbytes, grad, number, undefined, plain_keys;
 };
 
 inline TensorFields fields;
@@ -97,8 +97,9 @@ class TorchTensor {
     return counter ? reinterpret_cast<uint32_t*>(counter + fields.number) : nullptr;
   }
 
-  // A number that another address, storage, size of that, shape, dtype or kind of tensor would change:
-  // a sum of products with odd numbers, which differs where a single word does, and else all but certainly.
+  // A number that another address, storage, size of that, shape, dtype or kind of tensor would
+  // change: a sum of products with odd numbers, which differs where a single word does, and else all
+  // but certainly.
   uint64_t fingerprint() const {
     uint64_t factor = 0x9e3779b97f4a7c15, sum = 0;
     const auto add = [&](uint64_t word) {

@@ -311,10 +311,12 @@ def _lost(tensor: Tensor) -> str:
     if tensor.numel() == 0 or is_wrapper(tensor):
         return ""
     nbytes = tensor.untyped_storage().nbytes()
-    last = tensor.storage_offset() + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    if tensor.data_ptr() != 0 and nbytes >= (last + 1) * tensor.element_size():
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in sizes)
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.data_ptr() != 0 and nbytes >= end:
         return ""
     part = "part of its memory" if nbytes else "its memory"
     return f"has lost {part} (its storage was resized to {nbytes} bytes)"
