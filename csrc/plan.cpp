@@ -56,7 +56,8 @@ Description::Description(py::handle object, const py::tuple& types) : data(nullp
   const Layout layout(shape, {strides});
   if (!layout.contiguous(0) || (layout.numel() && !tensor.is_plain())) return;
   static char nothing;
-  data = layout.numel() ? tensor.data(kItemSize[found]) : &nothing;
+  const int64_t item_size = kItemSize[found];
+  data = layout.numel() ? tensor.data(item_size, layout.numel() * item_size) : &nothing;
 }
 
 int rule_index(const std::string& name, const std::string& states) {
@@ -79,11 +80,7 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   const Sizes& shape = operands[0].shape;
   tensor.layout = Layout(shape, strides);
   tensor.grad_layout = Layout(shape, {strides[1]});
-  if (tensor.layout.numel() > 0) {
-    int64_t last = 0;
-    for (size_t d = 0; d < shape.size(); ++d) last += (shape[d] - 1) * strides[0][d];
-    tensor.extent = (last + 1) * kItemSize[static_cast<int>(operands[0].dtype)];
-  }
+  tensor.extent = extent(shape, strides[0], kItemSize[static_cast<int>(operands[0].dtype)]);
   return tensor;
 }
 
@@ -128,6 +125,8 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       if (item.has_grad) grads_.push_back(checked(grad));
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.grad_type = operands[1].dtype;
+      item.grad_extent = extent(operands[0].shape, operands[1].strides,
+                                kItemSize[static_cast<int>(item.grad_type)]);
       for (const Sizes* sizes : {&operands[0].shape, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
       if (fields_known) {
@@ -241,8 +240,8 @@ bool Plan::find_grad(size_t i) {
   if (!item.updated) return false;
   const TorchTensor grad = held_[i].hold(slot);
   if (!is_expected(item, grad)) return false;
-  char* data = grad.data(kItemSize[static_cast<int>(item.grad_type)]);
-  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
+  char* data = grad.data(kItemSize[static_cast<int>(item.grad_type)], item.grad_extent);
+  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was resized
   tensors_[i].operands[1].data = data;
   return true;
 }

@@ -96,6 +96,7 @@ class Plan {
     size_t watched, watched_end;  // its part of watched_: the parameter, then its states
     size_t sizes;  // where its part of sizes_ begins
     size_t entries, entries_end;
+    int64_t grad_extent;  // bytes that it needs of its storage
     double steps_made;
     int32_t ndim;
     int32_t group;

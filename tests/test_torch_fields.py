@@ -1,6 +1,7 @@
 """Where torch keeps things: what is found there, and that a plan sees whatever changes."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ def test_the_layout_is_known_here():
     assert torch_fields.find() is not None
 
 
-@pytest.mark.parametrize("name", ["_sizes", "_autograd", "_version", "_function"])
+@pytest.mark.parametrize("name", ["_search", "_verify", "_allocation", "_function"])
 def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
     def fails(*arguments):
         raise torch_fields.NotFoundError
@@ -33,7 +34,37 @@ def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
 
 def test_a_field_in_two_places_is_not_found():
     with pytest.raises(torch_fields.NotFoundError):
-        torch_fields._offset([b"abab", b"cdcd"], [b"ab", b"cd"])
+        torch_fields._search([torch.zeros(1)])  # 1 is its size, its stride and what not
+
+
+@pytest.mark.parametrize("error", [8, -8, 1 << 20])
+@pytest.mark.parametrize("name", torch_fields.Fields._fields)
+def test_a_wrong_field_is_noticed(monkeypatch, name: str, error: int):
+    search = torch_fields._search
+
+    def wrong(tensors: list[Tensor]) -> torch_fields.Fields:
+        found = search(tensors)
+        return found._replace(**{name: getattr(found, name) + error})
+
+    monkeypatch.setattr(torch_fields, "_search", wrong)
+    assert torch_fields.find() is None
+
+
+def test_what_lies_behind_an_object_is_no_field(monkeypatch):
+    """As large as an object may be, for all that the allocator tells."""
+    allocation, found = torch_fields._allocation, torch_fields.find()
+    assert found is not None
+    monkeypatch.setattr(
+        torch_fields, "_allocation", lambda address: allocation(address) + os.urandom(64)
+    )
+    assert torch_fields.find() == found
+
+
+def test_only_what_was_allocated_is_read(monkeypatch):
+    """Smaller objects than any torch has: fields that do not fit into them are not found."""
+    allocation = torch_fields._allocation
+    monkeypatch.setattr(torch_fields, "_allocation", lambda address: allocation(address)[:48])
+    assert torch_fields.find() is None
 
 
 @pytest.mark.parametrize(
