@@ -15,6 +15,14 @@ from torch import Tensor
 from . import torch_fields
 from .rules import RULES
 
+# Not when the first optimizer needs it: a process may be forked before, and the extension has to see
+# that (csrc/multi_tensor.h).
+_import_error: ImportError | None = None
+try:
+    from . import _C
+except ImportError as error:
+    _import_error = error
+
 # In the order of DType in csrc/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,11 +44,9 @@ class Backend(NamedTuple):
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and the reason."""
-    try:
-        from . import _C
-    except ImportError as error:
+    if _import_error is not None:
         return None, (
-            f"the compiled extension cannot be imported ({error}): "
+            f"the compiled extension cannot be imported ({_import_error}): "
             "reinstall fastopt where there is a C++ compiler, or use a wheel for this Python"
         )
     another = "the compiled extension is of another version of fastopt: reinstall fastopt"
