@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_bits import ISAS, layouts, machine, strided
 
 import fastopt
-from fastopt.packing import CODE_BLOCK, nearest_bfloat16
+from fastopt.packing import CODE_BLOCK, Stored, nearest_bfloat16
 
 pytestmark = masked_out
 
@@ -82,6 +82,42 @@ def test_same_bits_on_every_instruction_set(dtype, mode):
         with machine(isa, threads):
             found = train(fastopt.AdamW, dtype, "cpp", amsgrad=True, **mode)
         assert_same_bits(found, wanted)
+
+
+def decoded(backend, codes, scale):
+    """What a backend makes of 8-bit states with a sign: the steps p = -0 - 1 * (buffer + -0)."""
+    param = torch.full(codes.shape, -0.0).requires_grad_()
+    settings = {"lr": 1.0, "momentum": 1.0, "state_dtype": "8bit"}
+    optimizer = fastopt.SGD([param], backend=backend, **settings)
+    param.grad = torch.full(codes.shape, -0.0)
+    optimizer.step()
+    state = optimizer.state[param]
+    state["momentum_buffer_codes"].copy_(codes)
+    state["momentum_buffer_scale"].copy_(scale)
+    with torch.no_grad():
+        param.fill_(-0.0)
+    optimizer.step()
+    return -param.detach()
+
+
+def test_every_code_is_decoded_alike():
+    """Of both zeros too: code 128 is -0."""
+    codes = torch.arange(256).to(torch.uint8).repeat(3)
+    scale = torch.tensor([1.0, 2.0**-120, 1e30])
+    wanted = Stored(codes, "codes", scale).unpack(torch.float32).view(torch.int32)
+    assert (wanted[128], wanted[0]) == (-(2**31), 0)
+    for isa in ISAS:
+        with machine(isa, 1):
+            assert torch.equal(decoded("cpp", codes, scale).view(torch.int32), wanted)
+    assert torch.equal(decoded("reference", codes, scale).view(torch.int32), wanted)
+
+
+@interpreted
+def test_every_code_is_decoded_alike_in_triton():
+    codes = torch.arange(256).to(torch.uint8)
+    wanted = Stored(codes, "codes", torch.ones(1)).unpack(torch.float32)
+    found = decoded("triton", codes, torch.ones(1))
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
 
 
 @interpreted
