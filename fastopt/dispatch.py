@@ -15,8 +15,8 @@ from torch import Tensor
 from . import torch_fields
 from .rules import RULES
 
-# Not when the first optimizer needs it: a process may be forked before, and the extension has to see
-# that (csrc/multi_tensor.h).
+# Not when the first optimizer needs it: a process may be forked before, which the extension has to
+# see (csrc/multi_tensor.h).
 _import_error: ImportError | None = None
 try:
     from . import _C
@@ -274,15 +274,24 @@ def check_step(step: object, where: object) -> None:
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if isinstance(step, Tensor) and step.numel() == 1:
-        if step.device.type != "cpu":
-            return  # not worth waiting for
-        step = step.item()
-    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+    if not is_count(step):
+        freed = isinstance(step, Tensor) and step.layout == torch.strided and not _has_memory(step)
+        found = "a tensor that has lost its memory" if freed else step
         raise RuntimeError(
-            f"{where} has a state 'step' that is no number of steps ({step}): "
+            f"{where} has a state 'step' that is no number of steps ({found}): "
             "load a state dict of this model, or delete the parameter's entry in optimizer.state"
         )
+
+
+def is_count(step: object) -> bool:
+    """Whether an object is a number of steps, or a tensor of one; a GPU is not waited for."""
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_meta or step.layout != torch.strided:
+            return False
+        if step.device.type != "cpu":
+            return True
+        step = step.detach().item() if _has_memory(step) else None
+    return isinstance(step, (int, float)) and 0 <= step < math.inf
 
 
 def fits(

@@ -164,7 +164,11 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
             return None
         raise
     if grad is None:
-        known = state and dispatch.fits(param, param, tuple(param.shape))
+        known = (
+            state
+            and dispatch.fits(param, param, tuple(param.shape))
+            and dispatch.is_count(state.get("step", 0.0))
+        )
         if not known or not precision.are_there(param, state, forms):
             return None
     else:
@@ -191,11 +195,17 @@ def make_states(
     rule, groups = optimizer.rule, optimizer.param_groups
     # All memory first, so that nothing has changed where there is not enough of it.
     made = {}
+    counted: set[int] = set()  # the addresses of steps
     for item in items:
         if item.param in made:
             continue  # a parameter that stands twice gets its states once
         step_on = item.param.device if on_device and item.backend == "triton" else None
         new = new_states(rule, groups[item.group], item.param, item.state, item.forms, step_on)
+        step = new.new.get("step", item.state.get("step"))
+        if step is not None:
+            if step.data_ptr() in counted:  # by several parameters, as one number
+                new.new["step"] = step = step.clone()
+            counted.add(step.data_ptr())
         if new.new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
@@ -240,7 +250,8 @@ def new_states(
     if (
         rule.counts_steps
         or precision.is_random(forms)
-        or (len(forms) > 1 and (step_on is not None or "step" in state))
+        or "step" in state
+        or (len(forms) > 1 and step_on is not None)
     ):
         # A rule that does not count makes its first step with the states.
         first = rule.counts_steps or made.fresh or len(forms) == 1
@@ -248,7 +259,17 @@ def new_states(
         if made.fresh and not rule.counts_steps:
             step = 0.0
         device = step_on or torch.device("cpu")
-        # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
-            made.new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+        if not _is_plain(step, device):
+            number = float(step.detach() if isinstance(step, Tensor) else step)
+            made.new["step"] = torch.full((), number, dtype=torch.float32, device=device)
     return made
+
+
+def _is_plain(step: object, device: torch.device) -> bool:
+    """Whether a step is as new ones are. In old checkpoints it is a number, in some of torch's on
+    another device, of fp64 or of shape (1,); and a lazily negated one is not what its memory is."""
+    return (
+        type(step) is Tensor
+        and (step.dtype, step.shape, step.device) == (torch.float32, (), device)
+        and not (step.is_neg() or step.requires_grad or step.is_inference())
+    )
