@@ -119,7 +119,10 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         item.has_version = true;
         item.version = version.cast<int64_t>();
       }
-      if (item.has_grad) grads_.push_back(grad);
+      if (item.has_grad)
+        grads_.push_back(grad);
+      else
+        tensor.operands[1].data = nullptr;  // until there is one
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.grad_type = operands[1].dtype;
       for (const Sizes* sizes : {&operands[0].shape, &operands[1].strides})
@@ -154,7 +157,9 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
 // What is not known where to look at is not watched: no plan holds then.
 void Plan::watch(py::handle tensor) {
   if (!fields_known) return;
-  watched_.push_back({tensor.ptr(), TorchTensor::of(tensor.ptr()).fingerprint()});
+  const auto watched = TorchTensor::of(tensor.ptr());
+  watched_.push_back({tensor.ptr(), watched.fingerprint()});
+  if (char* memory = watched.memory()) memories_.number(reinterpret_cast<uint64_t>(memory));
 }
 
 bool Plan::groups_hold() const {
@@ -254,6 +259,10 @@ bool Plan::find_grad(size_t i) {
   if (!item.updated || !is_expected(item, *grad)) return false;
   char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)]);
   if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
+  // It may overlap what this step writes: see fastopt/memory.py, which the last one has passed.
+  if (data != tensors_[i].operands[1].data &&
+      memories_.contains(reinterpret_cast<uint64_t>(grad->memory())))
+    return false;
   tensors_[i].operands[1].data = data;
   return true;
 }
@@ -333,10 +342,7 @@ int Plan::cohort_of(const Item& item) {
                                 : (item.fresh && item.repeat == 0 ? 1.0 : 2.0);
   const Cohort wanted{item.group, step};
   int& last = last_cohort_[item.group];
-  if (last >= 0 && cohorts_[last] == wanted) return last;
-  const auto found = std::find(cohorts_.begin(), cohorts_.end(), wanted);
-  last = static_cast<int>(found - cohorts_.begin());
-  if (found == cohorts_.end()) cohorts_.push_back(wanted);
+  if (last < 0 || cohorts_.keys()[last] != wanted) last = cohorts_.number(wanted);
   return last;
 }
 
@@ -345,7 +351,7 @@ const std::vector<Plan::Cohort>& Plan::cohorts() {
   std::fill(last_cohort_.begin(), last_cohort_.end(), -1);
   for (size_t i = 0; i < items_.size(); ++i)
     if (items_[i].has_grad && items_[i].scalars_here) tensors_[i].scalars = cohort_of(items_[i]);
-  return cohorts_;
+  return cohorts_.keys();
 }
 
 template <class F>

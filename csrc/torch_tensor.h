@@ -57,10 +57,11 @@ class TorchTensor {
   }
   const int64_t* strides() const { return sizes() + std::max(dim(), kInline); }
 
-  // Null where the tensor has no memory.
+  // That of the storage. Null where the tensor has no memory.
+  char* memory() const { return storage() ? read<char*>(storage(), fields.data) : nullptr; }
   char* data(int64_t item_size) const {
-    char* memory = storage() ? read<char*>(storage(), fields.data) : nullptr;
-    return memory ? memory + read<int64_t>(impl_, fields.storage_offset) * item_size : nullptr;
+    char* begin = memory();
+    return begin ? begin + read<int64_t>(impl_, fields.storage_offset) * item_size : nullptr;
   }
 
   // Whether the memory is of torch's own allocator for CPUs: not shared until it is written, say.

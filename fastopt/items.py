@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, precision
+from . import dispatch, memory, precision
 from .devices import capturing
 from .packing import PACKINGS, Stored
 from .precision import Kept
@@ -65,6 +65,7 @@ class Item:
         grad: None where there is none now, while the states are there from an earlier step.
         state: the optimizer's for this parameter.
         forms: how the parameter and the rule's states are kept.
+        place: names the parameter.
         fresh: the states are made in this step.
     """
 
@@ -75,6 +76,7 @@ class Item:
     backend: str
     state: dict[str, Any]
     forms: list[Kept]
+    place: Place
     fresh: bool = False
 
     @property
@@ -181,7 +183,7 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
         if grad is None:
             return None
         raise
-    return Item(place.group_index, number, param, grad, backend, state, forms)
+    return Item(place.group_index, number, param, grad, backend, state, forms, place)
 
 
 def make_states(
@@ -191,10 +193,14 @@ def make_states(
 
     Returns what there was before: for each parameter that lacked some a copy of its entry in the
     optimizer's state, None where it had none.
+
+    Raises:
+        RuntimeError: something cannot be updated; nothing was changed.
     """
     rule, groups = optimizer.rule, optimizer.param_groups
     # All memory first, so that nothing has changed where there is not enough of it.
     made = {}
+    uses: list[memory.Use] = []  # of memory that is there already
     counted: set[int] = set()  # the addresses of steps
     for item in items:
         if item.param in made:
@@ -206,12 +212,18 @@ def make_states(
             if step.data_ptr() in counted:  # by several parameters, as one number
                 new.new["step"] = step = step.clone()
             counted.add(step.data_ptr())
+        arrays = {"": item.param} if item.grad is None else {"": item.param, "grad": item.grad}
+        for key in (*(key for form in item.forms for key in form.keys), "step"):
+            if key in item.state and key not in new.new:
+                arrays[key] = item.state[key]
+        uses += [memory.Use(item.param, item.place, *array) for array in arrays.items()]
         if new.new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
                 "each replay: make one step before the capture"
             )
         made[item.param] = new
+    memory.check(uses)
     state = optimizer.state
     before = [
         (param, dict(state[param]) if param in state else None)
