@@ -35,6 +35,8 @@ class Use(NamedTuple):
     @property
     def end(self) -> int:
         """The address after the last element."""
+        if self.array.is_contiguous():
+            return self.begin + self.array.nbytes
         sizes = zip(self.array.shape, self.array.stride(), strict=True)
         last = sum((size - 1) * stride for size, stride in sizes)
         return self.begin + (last + 1) * self.array.element_size()

@@ -1,12 +1,15 @@
-"""Tensors that share memory: either the result does not depend on what is written first, or the step
-raises before it has changed anything."""
+"""Tensors that share memory: the result does not depend on what is written first, or the step
+raises before it has changed anything. And thousands of odd tensors, which take no quadratic time."""
 
 import pytest
 import torch
 from helpers import BACKENDS, assert_same_bits, interpreted, masked_out
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
+from fastopt.kernels.targets import waves
 
 pytestmark = masked_out
 
@@ -106,7 +109,7 @@ ILL_DEFINED = {
     state_of_two: "has a state 'exp_avg' that shares memory with the state 'exp_avg' of parameter ",
     state_that_is_two: "that shares memory with its state ",
     state_in_a_parameter: f"{STATE}{ONE}: clone it",
-    step_in_a_parameter: "has a state 'step' that shares memory with the parameter itself: clone it",
+    step_in_a_parameter: "a state 'step' that shares memory with the parameter itself: clone it",
 }
 
 
@@ -210,6 +213,95 @@ def test_wrappers_without_memory():
     param.grad = param.detach()
     fastopt.SGD([param], lr=0.5, backend="reference").step()
     assert torch.equal(param.a, numbers(4) / 2)
+
+
+def in_order(extents, active):
+    """Waves by their definition: quadratic."""
+    found = [-1] * len(extents)
+    for k, i in enumerate(active):
+        earlier = [
+            found[j]
+            for j in active[:k]
+            if max(extents[i][0], extents[j][0]) < min(extents[i][1], extents[j][1])
+        ]
+        found[i] = max(earlier, default=-1) + 1
+    return found
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8), st.booleans()), max_size=12))
+def test_waves(tensors):
+    extents = [(begin, begin + size) for begin, size, _ in tensors]
+    active = [i for i, (*_, is_active) in enumerate(tensors) if is_active]
+    assert waves(extents, active) == in_order(extents, active)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])  # in pairs, as a chain, none
+def test_many_waves(stride):
+    n = 20_000
+    begins = [8 * (i // 2) + i % 2 if stride == 2 else stride * i for i in range(n)]
+    extents = [(begin, begin + 4) for begin in begins]
+    wanted = [i if stride == 3 else i % 2 if stride == 2 else 0 for i in range(n)]
+    assert waves(extents, range(n)) == wanted
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=10))
+def test_overlapping_parameters(places):
+    """They are updated one after the other, as a plain loop would."""
+
+    def after_steps(backend):
+        buffer = numbers(30)
+        params = [buffer[begin : begin + n].requires_grad_() for begin, n in places]
+        optimizer = fastopt.SGD(params, lr=0.5, weight_decay=0.1, backend=backend)
+        for param in params:
+            param.grad = torch.ones(param.shape)
+        for _ in range(2):
+            optimizer.step()
+        return [buffer]
+
+    assert_same_bits(after_steps("cpp"), after_steps("reference"))
+
+
+OVERLAPS = {"pairs": (lambda i: 3 * (i // 2) + i % 2, 2), "chain": (lambda i: i, 2)}
+
+
+@pytest.mark.parametrize("overlap", [*OVERLAPS, "same"])
+def test_many_overlapping_parameters(overlap):
+    """20,000: in pairs, each with the next one, all."""
+    begin, size = OVERLAPS.get(overlap, (lambda i: 0, 1))
+    n = 20_000
+    buffer, wanted = torch.zeros(2, begin(n) + size)
+    params = [buffer[begin(i) : begin(i) + size].requires_grad_() for i in range(n)]
+    grad = torch.ones(size)
+    for i, param in enumerate(params):
+        param.grad = grad
+        wanted[begin(i) : begin(i) + size] -= 1
+    optimizer = fastopt.SGD(params, lr=1.0)
+    for steps in (1, 2):
+        optimizer.step()
+        assert torch.equal(buffer, steps * wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=interpreted)])
+def test_many_steps_of_their_own(backend):
+    """20,000 parameters that have all made other numbers of steps."""
+    n = 20_000 if backend == "cpp" else 50
+    params = [torch.ones(1).requires_grad_() for _ in range(n)]
+    optimizer = fastopt.Adam(params, lr=1.0, betas=(0.5, 0.5), eps=0.0, backend=backend)
+    for i, param in enumerate(params):
+        param.grad = torch.ones(1)
+        moments = {key: torch.zeros(1) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[param] = {"step": torch.tensor(float(i % (n - 10))), **moments}
+    optimizer.step()
+    optimizer.step()
+    steps = torch.arange(n) % (n - 10) + 2.0
+    assert torch.equal(torch.stack([optimizer.state[param]["step"] for param in params]), steps)
+    # The bias corrections of both moments, 1/2 and then 3/4 of ones.
+    wanted = torch.ones(n, dtype=torch.float64)
+    for step, moment in ((steps.double() - 1, 0.5), (steps.double(), 0.75)):
+        wanted -= moment**0.5 / (1 - 0.5**step) ** 0.5
+    torch.testing.assert_close(torch.cat(params).double(), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_many_parameters_that_are_their_gradients():
