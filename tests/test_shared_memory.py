@@ -1,10 +1,10 @@
 """Tensors that share memory: the result does not depend on what is written first, or the step
-raises before it has changed anything. And thousands of odd tensors, which take no quadratic time."""
+raises before it has changed anything. And thousands of odd ones, in no quadratic time."""
 
 import pytest
 import torch
 from helpers import BACKENDS, assert_same_bits, interpreted, masked_out
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -213,6 +213,44 @@ def test_wrappers_without_memory():
     param.grad = param.detach()
     fastopt.SGD([param], lr=0.5, backend="reference").step()
     assert torch.equal(param.a, numbers(4) / 2)
+
+
+@st.composite
+def views(draw):
+    """Shape, and for two parameters and their gradients strides and offset in one buffer."""
+    shape = draw(st.sampled_from([(1,), (3,), (2, 2), (2, 3)]))
+    strides = st.tuples(*(st.integers(1, 6) for _ in shape))
+    return shape, [(draw(strides), draw(st.integers(0, 30))) for _ in range(4)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(views())
+def test_any_views_of_one_buffer(drawn):
+    """What raises is what the sets of places say, and the rest has the reference's bits."""
+    shape, places = drawn
+    indices = torch.arange(80)
+    *params, first, second = (
+        indices.as_strided(shape, *place).flatten().tolist() for place in places
+    )
+    assume(all(len(set(places)) == len(places) for places in params))
+    others = params[1], params[0]
+    well_defined = all(
+        not set(grad) & set(other) and (grad == param or not set(grad) & set(param))
+        for param, grad, other in zip(params, (first, second), others, strict=True)
+    )
+
+    def after_step(backend):
+        buffer = numbers(80)
+        first, second, *grads = (buffer.as_strided(shape, *place) for place in places)
+        first.requires_grad_().grad, second.requires_grad_().grad = grads
+        fastopt.SGD([first, second], lr=0.5, max_norm=1.0, backend=backend).step()
+        return [buffer]
+
+    if well_defined:
+        assert_same_bits(after_step("cpp"), after_step("reference"))
+    for backend in () if well_defined else BACKENDS:
+        with pytest.raises(RuntimeError, match="has a gradient that shares memory with .*: clone"):
+            after_step(backend)
 
 
 def in_order(extents, active):
