@@ -15,6 +15,14 @@ from torch import Tensor
 from . import torch_fields
 from .rules import RULES
 
+# Not when the first optimizer needs it: a process may be forked before, which the extension has to
+# see (csrc/multi_tensor.h).
+_import_error: ImportError | None = None
+try:
+    from . import _C
+except ImportError as error:
+    _import_error = error
+
 # In the order of DType in csrc/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,11 +44,9 @@ class Backend(NamedTuple):
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and the reason."""
-    try:
-        from . import _C
-    except ImportError as error:
+    if _import_error is not None:
         return None, (
-            f"the compiled extension cannot be imported ({error}): "
+            f"the compiled extension cannot be imported ({_import_error}): "
             "reinstall fastopt where there is a C++ compiler, or use a wheel for this Python"
         )
     another = "the compiled extension is of another version of fastopt: reinstall fastopt"
@@ -276,18 +282,24 @@ def check_step(step: object, where: object) -> None:
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if isinstance(step, Tensor) and step.numel() == 1:
-        if _lost(step):
-            step = "a tensor that has lost its memory"
-        elif step.device.type != "cpu":
-            return  # not worth waiting for
-        else:
-            step = step.item()
-    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+    if not is_count(step):
+        lost = isinstance(step, Tensor) and step.layout == torch.strided and _lost(step)
+        found = "a tensor that has lost its memory" if lost else step
         raise RuntimeError(
-            f"{where} has a state 'step' that is no number of steps ({step}): "
+            f"{where} has a state 'step' that is no number of steps ({found}): "
             "load a state dict of this model, or delete the parameter's entry in optimizer.state"
         )
+
+
+def is_count(step: object) -> bool:
+    """Whether an object is a number of steps, or a tensor of one; a GPU is not waited for."""
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_meta or step.layout != torch.strided:
+            return False
+        if step.device.type != "cpu":
+            return True
+        step = None if _lost(step) else step.detach().item()
+    return isinstance(step, (int, float)) and 0 <= step < math.inf
 
 
 def fits(

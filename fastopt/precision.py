@@ -341,7 +341,7 @@ def _source(
         return other
     if _is_in_place(form, param, state):
         return None
-    if form.packing == "stochastic":  # of another dtype
+    if form.packing == "stochastic":  # of another dtype or order
         return Kept(form.numbers, None, form.a, None)
     return form
 
@@ -366,8 +366,8 @@ def _sums(param: Tensor, remainder: Tensor) -> Tensor | None:
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
-    """Whether the entries are as kernels need them: of their dtypes; second arrays, and codes, in
-    the order of the parameter's elements in memory."""
+    """Whether the entries are as kernels need them: of their dtypes, and all arrays of a packing in
+    the order of the parameter's elements in memory, by which blocks and random numbers go."""
     if not _is_there(form, state):
         return False
     if form.packing is None:
@@ -375,9 +375,9 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
     packing = PACKINGS[form.packing]
     if form.a is not None and state[form.a].dtype != packing.a:
         return False
-    ordered = [form.a] if packing.is_coded else [form.b]
+    ordered = form.keys[:1] if packing.is_coded else form.keys
     dims = memory_order(param)
-    return all(key is None or state[key].permute(dims).is_contiguous() for key in ordered)
+    return all(state[key].permute(dims).is_contiguous() for key in ordered)
 
 
 def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
