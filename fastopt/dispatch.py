@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import reprlib
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -147,7 +148,7 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
         raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
     if not obstacle:
         reason = _loaded(wanted)[1] if wanted else "it has no kernels for that device"
-        _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
+        warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"
 
 
@@ -174,22 +175,24 @@ def _obstacle(tensors: list[Tensor]) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns, the first time that it is called with a message."""
     warnings.warn(message, stacklevel=2)
 
 
-def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
+def check_dense(tensor: Tensor, where: object, prefix: str = "", sparse: str = "") -> None:
     """Raises where no backend can work on the tensor.
 
     Args:
         where: names the tensor when formatted, which happens only for an error.
+        sparse: the optimizer that takes sparse gradients instead; "" where there is none.
 
     Raises:
         RuntimeError: in one sentence that begins with ``where``: what was found, and what to do.
     """
     if tensor.layout != torch.strided:
         found = f"is {tensor.layout}, and only dense tensors are supported"
-        cure = "use torch.optim.SparseAdam, or sparse=False in the embedding"
+        cure = f"use {sparse + ', or ' if sparse else ''}sparse=False in the embedding"
     elif tensor.is_complex():
         found, cure = "is complex, which is not supported", "optimize torch.view_as_real of it"
     elif tensor.dtype not in DTYPES:
@@ -205,8 +208,11 @@ def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
     raise RuntimeError(f"{prefix}{where} {found}: {cure}")
 
 
-def check(param: Tensor, grad: Tensor, where: object) -> None:
+def check(param: Tensor, grad: Tensor, where: object, sparse: str = "") -> None:
     """Raises where no backend can update ``param`` with ``grad``.
+
+    Args:
+        where, sparse: as in `check_dense`.
 
     Raises:
         RuntimeError: as in `check_dense`.
@@ -217,7 +223,7 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             "move the parameter before the backward pass"
         )
     check_dense(param, where)
-    check_dense(grad, where, "the gradient of ")
+    check_dense(grad, where, "the gradient of ", sparse)
     if grad.shape != param.shape:
         raise RuntimeError(
             f"{where} has a gradient of shape {tuple(grad.shape)}: "
@@ -253,28 +259,41 @@ def check_state(
         RuntimeError: as in `check_dense`.
     """
     if not fits(param, state, shape, dtypes):
-        found = type(state).__name__
-        if isinstance(state, Tensor):
-            found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
-        raise RuntimeError(
-            f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
-            "load a state dict of this model, or delete the parameter's entry in optimizer.state"
-        )
+        raise misfit(param, name, state, where)
 
 
-def check_step(step: object, where: object) -> None:
+def misfit(param: Tensor, name: str, state: object, where: object) -> RuntimeError:
+    """Says that a state does not fit its parameter."""
+    found = type(state).__name__
+    if isinstance(state, Tensor):
+        found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
+    return RuntimeError(
+        f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
+        "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+    )
+
+
+def short(value: object) -> str:
+    """A value in a part of a line, as messages show it."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def check_step(step: object, where: object, may_wait: bool = False) -> None:
     """Raises where a state's ``step`` is no number of steps.
+
+    Args:
+        may_wait: read it on a GPU too.
 
     Raises:
         RuntimeError: as in `check_dense`.
     """
     if isinstance(step, Tensor) and step.numel() == 1:
-        if step.device.type != "cpu":
+        if step.is_meta or (step.device.type != "cpu" and not may_wait):
             return  # not worth waiting for
         step = step.item()
     if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
         raise RuntimeError(
-            f"{where} has a state 'step' that is no number of steps ({step}): "
+            f"{where} has a state 'step' that is no number of steps ({short(step)}): "
             "load a state dict of this model, or delete the parameter's entry in optimizer.state"
         )
 

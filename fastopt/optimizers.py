@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import checkpoints, dispatch, precision
+from . import checkpoints, dispatch, precision, settings
 from .clip import get_total_norm
 from .items import Place, new_states
 from .plan import Plan
@@ -87,6 +86,8 @@ class Optimizer(torch.optim.Optimizer):
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         #: What `Tensor._version` was after the last step, where no plan remembers.
         self._versions: dict[Tensor, int] = {}
+        #: Of the last steps, as far as they need no other look: see `Rows`.
+        self._good_settings: set[Any] = set()
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,8 +99,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter, gradient or state cannot be used: sparse, complex, on another
                 device, ...; the message names it.
-            ValueError: a hyperparameter is not finite, or a precision mode does not fit a
-                parameter's dtype.
+            ValueError, TypeError: a setting was changed to what it cannot be, or a precision mode
+                does not fit a parameter's dtype.
         """
         loss = None
         if closure is not None:
@@ -152,38 +153,54 @@ class Optimizer(torch.optim.Optimizer):
             self.grad_norm = get_total_norm(grads) * inv_scale
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as in torch.
+        """Adds a group, as in torch; warns of keys that look like a setting's name with a typo.
 
         Raises:
             ValueError: a setting is out of range.
+            TypeError: a setting is of a wrong type.
         """
         if isinstance(param_group, dict):
-            _check_settings(self.rule, {**self.defaults, **param_group})
+            settings.check_group(
+                self.rule,
+                {**self.defaults, **param_group},
+                len(self.param_groups),
+                self.defaults,
+                may_wait=True,
+            )
+            settings.warn_of_typos(param_group, self.defaults, type(self).__name__)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
-        copies them, so that the optimizer shares no memory with ``state_dict``. ``master_weights``
-        and ``state_dtype`` remain what they are; what the state dict has in another form is
-        converted, masters by the next step. So the model may be loaded before or after this; but
-        before it, where its parameters had 16 bits and have 32 now. A state dict of torch is
-        rounded as it has to be.
+        copies them, so that the optimizer shares no memory with ``state_dict``. ``max_norm``,
+        ``clip_value``, ``master_weights`` and ``state_dtype`` stay those of this optimizer's groups
+        (a copy by `copy.deepcopy` or `pickle` has them too). What the state dict has in another
+        form is converted, masters by the next step. So the model may be loaded before or after
+        this; but before it, where its parameters had 16 bits and have 32 now. A state dict of torch
+        is rounded as it has to be.
+
+        NaN and infinite numbers are loaded: a run that diverged has saved them. Entries of a
+        parameter's state that no optimizer of torch or fastopt has are yours, and kept.
 
         Args:
             lossy: convert also what cannot be converted exactly.
 
         Raises:
             ValueError: a conversion would lose something (without ``lossy``), or the state dict
-                has other groups; nothing was changed.
+                has other groups, states of another rule, too few, or impossible values, or a
+                setting out of range; nothing was changed.
+            TypeError: a setting is of a wrong type, or this is no state dict; nothing was changed.
             RuntimeError: a state does not fit its parameter; nothing was changed.
         """
+        checkpoints.check_form(state_dict)
         saved: list[Group] = []
 
         def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            prepared = checkpoints.prepare(optimizer, state_dict)
             saved.extend(state_dict["param_groups"])
-            return checkpoints.prepare(optimizer, state_dict)
+            return prepared
 
         # Registered only now, to run after the user's hooks.
         handle = self.register_load_state_dict_pre_hook(prepare)
@@ -251,51 +268,12 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._plan = None
         self._versions = {}
+        self._good_settings = set()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._captured = getattr(self, "_captured", [])
         checkpoints.restore(self)
-
-
-# The names that torch gives them in its messages.
-_NON_NEGATIVE = {
-    "lr": "learning rate",
-    "momentum": "momentum value",
-    "weight_decay": "weight_decay value",
-    "eps": "epsilon value",
-    "alpha": "alpha value",
-    "lr_decay": "lr_decay value",
-    "initial_accumulator_value": "initial_accumulator_value value",
-    "clip_value": "clip_value",
-}
-
-
-def _check_settings(rule: Rule, group: Group) -> None:
-    """Raises as the optimizers' docstrings say; messages as in torch where it has them."""
-    precision.check_settings(rule, group)
-    for key, words in _NON_NEGATIVE.items():
-        value = group.get(key)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Tensor {key} must be 1-element")
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"Invalid {words}: {value}")
-    for index, beta in enumerate(group.get("betas", ())):
-        if not 0 <= beta < 1:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if group["max_norm"] is not None and not group["max_norm"] >= 0:
-        raise ValueError(f"Invalid max_norm: {group['max_norm']}")
-    if not math.isfinite(group.get("dampening", 0)):
-        raise ValueError(f"Invalid dampening value: {group['dampening']}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group.get("differentiable"):
-        raise NotImplementedError(
-            "differentiable=True is not supported: autograd cannot see through a fused step; "
-            "use the torch.optim class of the same name"
-        )
-    if group.get("foreach") and group.get("fused"):
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -488,8 +466,8 @@ class AdamW(Adam):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        settings = _settings(locals())
-        super().__init__(params, **settings, backend=backend, decoupled_weight_decay=True)
+        arguments = _settings(locals())
+        super().__init__(params, **arguments, backend=backend, decoupled_weight_decay=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
