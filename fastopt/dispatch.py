@@ -8,7 +8,7 @@ import os
 import reprlib
 import warnings
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .rules import RULES
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 BACKENDS = ("triton", "cpp", "reference")
+BackendName = Literal["auto", "triton", "cpp", "reference"]
 
 
 class Backend(NamedTuple):
