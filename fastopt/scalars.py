@@ -98,24 +98,19 @@ class Rows:
         self.kept: list[Tensor] = []  # until the kernels that read them have been launched
 
     def _check_settings(self, first: dict[Any, int], good: set[Any]) -> None:
-        """Checks settings by key, unless they are ``good``: checked before, and no tensors."""
+        """Checks settings by key, unless they are ``good``: checked before, and constant."""
         for key, g in first.items():
             if key not in good:
                 settings.check(self.groups[g], g, self._names)
         good.clear()
-        good.update(key for key, g in first.items() if not self._has_tensors(g))
-
-    def _has_tensors(self, group: int) -> bool:
-        bounds = map(self.groups[group].get, _CLIPPING)
-        values = (*self.rule.settings(self.groups[group]), *bounds)
-        return any(isinstance(value, Tensor) for value in values)
+        good.update(filter(_is_constant, first))
 
     def _key(self, group: Group) -> Any:
         key = tuple(map(group.get, self._names))
         try:
             hash(key)
         except TypeError:  # a list of betas
-            return object()
+            return (object(),)
         return key
 
     @cached_property
@@ -186,4 +181,10 @@ class Rows:
         return b"".join(map(rows.__getitem__, self.like))
 
 
+def _is_constant(key: tuple[Any, ...]) -> bool:
+    """Whether it holds numbers and flags only, not tensors, which change in place."""
+    return all(type(x) in _CONSTANTS or (type(x) is tuple and _is_constant(x)) for x in key)
+
+
+_CONSTANTS = (float, int, bool, type(None))
 _CLIPPING = ("maximize", "clip_value", "max_norm")

@@ -100,6 +100,8 @@ def _number(
     """Checks a number, or a tensor of one, which torch's messages call ``words``."""
 
     def check(name: str, value: Any, index: int, may_wait: bool) -> None:
+        if type(value) is float and least <= value <= most:  # at once, the common case
+            return
         if value is None and is_optional:
             return
         number = value
