@@ -149,7 +149,7 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
     names = settings[place.group_index][0]
     state = optimizer.state.get(param, {})
     if grad is not None:
-        dispatch.check(param, grad, place)
+        dispatch.check(param, grad, place, rule.sparse)
         dispatch.check_step(state.get("step", 0.0), place)
     try:
         forms = precision.kept(rule, place.group, param, names, place)

@@ -432,10 +432,10 @@ def test_state_dict():
 
 
 def test_a_step_that_raises_leaves_nothing_behind():
-    optimizer = fastopt.SGD(new_params(SHAPES), lr=1.0, max_norm=math.inf)
+    optimizer = fastopt.AdamW(new_params(SHAPES), lr=1.0, weight_decay=10.0, max_norm=math.inf)
     scaler = new_scaler(fastopt.GradScaler)
     give_grads(optimizer, scaler, 0)
-    optimizer.param_groups[0]["lr"] = math.nan
+    optimizer.param_groups[0]["lr"] = 1e308  # whose product with the weight decay is infinite
     with pytest.raises(ValueError, match="nothing was changed"):
         scaler.step(optimizer)
     assert not vars(optimizer).keys() & {"grad_scale", "found_inf", "_findings"}
