@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+
 M = TypeVar("M", bound=Module)
 
 
