@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dynamo import untraced
 from .optimizers import Optimizer
 
 
@@ -23,6 +24,7 @@ class GradScaler(torch.amp.GradScaler):
     Args, methods: as in torch.
     """
 
+    @untraced
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales the gradients and makes a step of the optimizer, unless one is not finite.
 

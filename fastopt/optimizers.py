@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
+from .dynamo import untraced
 from .items import Place, new_states
 from .plan import Plan
 from .rules import RULES, Group, Rule
@@ -25,13 +26,13 @@ R = TypeVar("R")
 
 
 def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Calls a method on the optimizer itself, where it is called on a wrapper."""
+    """Calls a method on the optimizer itself, where it is called on a wrapper, and untraced."""
 
     @functools.wraps(method)
     def call(self: Optimizer, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return method(self._real, *args, **kwargs)
 
-    return call
+    return untraced(call)
 
 
 class _OnReal(Generic[R]):
@@ -121,6 +122,7 @@ class Optimizer(torch.optim.Optimizer):
     grad_scale = _OnReal[Tensor]()  # see `Scaling`; a scaler sets both for the time of a step
     found_inf = _OnReal[Tensor]()
 
+    @untraced
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
         self._begin()
@@ -210,7 +212,7 @@ class Optimizer(torch.optim.Optimizer):
             )
             return (hooked if is_watched else step)(self, *args, **kwargs)
 
-        return wrapper
+        return untraced(wrapper)
 
     def _measure(self, inv_scale: float) -> None:
         """Sets `grad_norm` for a step that is skipped."""
