@@ -229,3 +229,102 @@ def test_a_scaler_steps_the_wrapper(wrap, settings, scaler_class):
         assert not hasattr(wrapper, "found_inf")
         assert_same_state(wrapper.state_dict(), plain.state_dict())
     assert scaler.get_scale() == 2.0**7
+
+
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fastopt.GradScaler])
+def test_clipping_by_a_framework(scaler_class):
+    """What Lightning does for `gradient_clip_val`."""
+
+    def train(optimizer):
+        (param,) = optimizer.param_groups[0]["params"]
+        scaler = scaler_class("cpu", init_scale=2.0**8)
+        for step, factor in enumerate([1.0, math.inf, 2.0, 3.0]):
+            set_grads([param], step)
+            param.grad *= scaler.scale(torch.tensor(factor))
+            if not optimizer._step_supports_amp_scaling:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_([param], 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        return param.detach()
+
+    found, in_step = (
+        train(fastopt.SGD(new_params([(9,)]), lr=0.1, backend="reference", **settings))
+        for settings in ({}, {"max_norm": 0.5})
+    )
+    torch_own = torch.optim.SGD(new_params([(9,)]), lr=0.1)
+    torch_own._step_supports_amp_scaling = False
+    # The clip coefficient is a number of fp32 in torch, and multiplies before the step.
+    torch.testing.assert_close(found, train(torch_own), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, in_step, rtol=1e-6, atol=0)
+
+
+def lightning_training(make, precision, **settings):
+    """The parameters after 4 batches with `gradient_clip_val`, the second of which overflows."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = torch.nn.Linear(8, 3)
+
+        def training_step(self, batch, _):
+            return self.layer(batch).square().sum()
+
+        def configure_optimizers(self):
+            return make(self.parameters(), lr=0.1, **settings)
+
+    module = Module()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if precision == "16-mixed" else None
+    overflow = torch.full((5, 8), 1e4 if scaler else 1.0)
+    batches = [torch.ones(5, 8), overflow, -torch.ones(5, 8), torch.ones(5, 8)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        plugins=[MixedPrecision(precision, "cpu", scaler)],
+        gradient_clip_val=0.5,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    if scaler:
+        assert scaler.get_scale() == 2.0
+    return [param.detach() for param in module.parameters()]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_lightning_clips(precision):
+    found = lightning_training(fastopt.SGD, precision)
+    wanted = lightning_training(torch.optim.SGD, precision)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        lightning_training(fastopt.SGD, precision, max_norm=1.0)
+
+
+def test_accelerate_does_not_schedule_after_a_skipped_step():
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    accelerate.Accelerator(cpu=True)
+    plain = new_optimizer(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+    optimizer = AcceleratedOptimizer(plain, scaler=scaler)
+    scheduler = AcceleratedScheduler(
+        torch.optim.lr_scheduler.StepLR(plain, 1, 0.5), optimizer, split_batches=True
+    )
+    rates = []
+    for step, factor in enumerate([1.0, math.inf, 1.0]):
+        set_grads(plain.param_groups[0]["params"], step)
+        plain.param_groups[0]["params"][0].grad *= factor
+        optimizer.step()
+        scheduler.step()
+        rates.append(plain.param_groups[0]["lr"])
+        assert optimizer.step_was_skipped == (factor == math.inf)
+    assert rates == [0.005, 0.005, 0.0025]
