@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .devices import moved
+from .dynamo import untraced
 from .items import describe
 from .packing import Stored
 from .plan import norm_options
@@ -25,6 +26,7 @@ from .scalars import clip_coef
 Tensors = Tensor | Iterable[Tensor]
 
 
+@untraced
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -53,6 +55,7 @@ def get_total_norm(
     return norm.to(**norm_options(tensors))
 
 
+@untraced
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -80,6 +83,7 @@ def clip_grad_norm_(
     return norm.to(**norm_options(grads))
 
 
+@untraced
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """Clamps every element of the gradients to ±``clip_value`` in place.
 

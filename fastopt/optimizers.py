@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from . import checkpoints, dispatch, precision, settings
 from .clip import get_total_norm
 from .dispatch import BackendName
+from .dynamo import untraced
 from .items import Place, Undo, new_states, take_back
 from .plan import Plan
 from .precision import MasterWeights, StateDtype
@@ -24,6 +25,39 @@ from .rules import RULES, Group, Rule
 from .scalars import Rows
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Calls a method on the optimizer itself, where it is called on a wrapper, and untraced."""
+
+    @functools.wraps(method)
+    def call(self: Optimizer, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self._real, *args, **kwargs)
+
+    return untraced(call)
+
+
+class _OnReal(Generic[R]):
+    """An attribute that a wrapper reads and writes on the optimizer itself."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Optimizer | None, owner: type) -> R:
+        if optimizer is None:
+            return self  # type: ignore[return-value]
+        try:
+            return vars(optimizer._real)[self.name]  # type: ignore[no-any-return]
+        except KeyError:
+            raise AttributeError(f"{owner.__name__!r} object has no {self.name!r}") from None
+
+    def __set__(self, optimizer: Optimizer, value: R) -> None:
+        vars(optimizer._real)[self.name] = value
+
+    def __delete__(self, optimizer: Optimizer) -> None:
+        del vars(optimizer._real)[self.name]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -38,7 +72,9 @@ class Optimizer(torch.optim.Optimizer):
         lr, ...: the rule's own settings.
         maximize (default False): step up the gradient instead of down.
         foreach (default None): True, False or None, for torch's sake: every step here is fused.
-        fused (default None): the same; not True where ``foreach`` is.
+        fused (default None): the same; not True where ``foreach`` is. True, or a ``max_norm``, also
+            leaves it to the step to unscale gradients and to skip overflows, under a
+            `torch.amp.GradScaler` as under ours; frameworks then do not clip themselves.
         capturable (default False): let the GPU count the steps and compute the scalars, so that a
             step can be part of a CUDA graph, which repeats settings that are numbers, or tensors on
             the CPU: one that changes must be a tensor on the GPU, changed in place. Load state
@@ -88,18 +124,52 @@ class Optimizer(torch.optim.Optimizer):
     #: Settings that between them call for every kernel of the rule; the first is the common case.
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
-    grad_norm: Tensor | None = None
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to `step`
-    _findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
+    # Lightning and others wrap an optimizer in an object of a class made from its own, which has
+    # the optimizer's attributes by `__getattr__`, or copied when it was made. So nothing here has a
+    # default on the class, which would hide the optimizer's, and what may be set later is
+    # looked up on the optimizer itself.
+    grad_norm = _OnReal["Tensor | None"]()
+    grad_scale = _OnReal[Tensor]()  # see `Scaling`; a scaler sets both for the time of a step
+    found_inf = _OnReal[Tensor]()
 
+    @untraced
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """Sets what no state dict, copy or pickle has."""
+        self._ref = weakref.ref(self)
+        self.grad_norm = None
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
+        self._findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
+        self._scaled = False  # whether a `fastopt.GradScaler` makes the step
         self._plan: Plan | None = None
         self._lock = _new_lock()
         #: Of the last steps, as far as they need no other look: see `Rows`.
         self._good_settings: set[Any] = set()
-        super().__init__(params, defaults)
+
+    @property
+    def _real(self) -> Optimizer:
+        """The optimizer, where ``self`` may be a framework's wrapper of it."""
+        return self._ref() or self
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a `GradScaler` leaves unscaling and skipping to `step`.
+
+        Frameworks then refuse to clip, and do not see that a step was skipped: so only where
+        ``max_norm`` or ``fused`` asks for it, or for gradients in fp16, which torch's scaler
+        refuses to unscale.
+        """
+        real = self._real
+        return real._scaled or any(
+            group["max_norm"] is not None
+            or bool(group["fused"])
+            or any(param.dtype == torch.float16 for param in group["params"])
+            for group in real.param_groups
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step: for all parameters that have a gradient, or none where it raises.
@@ -159,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
             )
             return (hooked if is_watched else step)(self, *args, **kwargs)
 
-        return wrapper
+        return untraced(wrapper)
 
     def _measure(self, inv_scale: float) -> None:
         """Sets `grad_norm` for a step that is skipped."""
@@ -169,6 +239,7 @@ class Optimizer(torch.optim.Optimizer):
             grads = [param.grad for param in params if param.grad is not None]
             self.grad_norm = get_total_norm(grads) * inv_scale
 
+    @_on_real
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; warns of keys that look like a setting's name with a typo.
 
@@ -188,6 +259,7 @@ class Optimizer(torch.optim.Optimizer):
         with self._lock:
             super().add_param_group(param_group)
 
+    @_on_real
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
@@ -233,6 +305,7 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 handle.remove()
 
+    @_on_real
     def torch_state_dict(self) -> dict[str, Any]:
         """`state_dict` as `torch.optim` wants it, where ``state_dtype`` is ``"8bit"``.
 
@@ -241,6 +314,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         return checkpoints.for_torch(self)
 
+    @_on_real
     def master_params(self) -> Iterator[Tensor]:
         """The parameters at full precision, in the order of the groups, for evaluation or export.
 
@@ -256,6 +330,7 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state.get(param, {})
                 yield precision.master(group, param, state, Place(group, g, i))
 
+    @_on_real
     def state_dict(self) -> dict[str, Any]:
         """As in torch; remainders are 0 where the parameter was written since the last step.
 
@@ -272,19 +347,20 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 handle.remove()
 
+    @_on_real
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
+        if "_ref" not in vars(self):
+            self._begin()
         self._plan = None
-        self._lock = getattr(self, "_lock", None) or _new_lock()
         self._good_settings = set()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._captured = getattr(self, "_captured", [])
         checkpoints.restore(self)
 
 
@@ -436,6 +512,7 @@ class Adagrad(Optimizer):
             self.state.update(before)
             raise
 
+    @_on_real
     def share_memory(self) -> None:
         """Moves the states to shared memory, for training by several processes."""
         for state in self.state.values():

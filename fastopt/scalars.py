@@ -43,10 +43,9 @@ class Scaling(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Scaling:
+        attributes = vars(optimizer._real)
         return cls(
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-            optimizer._findings,
+            attributes.get("grad_scale"), attributes.get("found_inf"), attributes["_findings"]
         )
 
     @property
