@@ -40,15 +40,14 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, Optimizer):
             return super().step(optimizer, *args, **kwargs)
-        real = optimizer._real
-        real._scaled = True
+        shared = optimizer._shared
+        shared.scaled = True
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
-            real._scaled, real._findings = False, None
+            shared.scaled, shared.findings = False, None
             # torch would not remove its own after an error, and unscale twice in the next step.
-            for name in ("grad_scale", "found_inf"):
-                vars(real).pop(name, None)
+            shared.grad_scale = shared.found_inf = None
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         grads = [
@@ -62,7 +61,7 @@ class GradScaler(torch.amp.GradScaler):
         # Filled by the step; torch reads it now, when it is empty, and in `update`.
         findings: dict[Any, Any] = {}
         if grads:
-            optimizer._real._findings = findings
+            optimizer._shared.findings = findings
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
         return findings
 

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,25 +39,40 @@ def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
     return untraced(call)
 
 
-class _OnReal(Generic[R]):
-    """An attribute that a wrapper reads and writes on the optimizer itself."""
+class Shared:
+    """What an optimizer and a wrapper of it have in common, whoever sets it.
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    Attributes:
+        optimizer: a weak reference to the optimizer itself.
+        grad_norm: see `Optimizer`.
+        grad_scale, found_inf, findings: see `Scaling`; None: not given.
+        scaled: whether a `fastopt.GradScaler` makes the step.
+    """
 
-    def __get__(self, optimizer: Optimizer | None, owner: type) -> R:
-        if optimizer is None:
-            return self  # type: ignore[return-value]
-        try:
-            return vars(optimizer._real)[self.name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"{owner.__name__!r} object has no {self.name!r}") from None
+    __slots__ = ("findings", "found_inf", "grad_norm", "grad_scale", "optimizer", "scaled")
 
-    def __set__(self, optimizer: Optimizer, value: R) -> None:
-        vars(optimizer._real)[self.name] = value
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.grad_norm: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | float | None = None
+        self.findings: dict[torch.device, Tensor] | None = None
+        self.scaled = False
 
-    def __delete__(self, optimizer: Optimizer) -> None:
-        del vars(optimizer._real)[self.name]
+
+def _given(name: str) -> Any:
+    """An attribute that a scaler gives the optimizer for the time of a step."""
+
+    def get(self: Optimizer) -> Any:
+        value = getattr(self._shared, name)
+        if value is None:
+            raise AttributeError(f"there is no {name!r} outside of a scaled step")
+        return value
+
+    def give(self: Optimizer, value: Any) -> None:
+        setattr(self._shared, name, value)
+
+    return property(get, give, lambda self: give(self, None))
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -126,11 +141,10 @@ class Optimizer(torch.optim.Optimizer):
 
     # Lightning and others wrap an optimizer in an object of a class made from its own, which has
     # the optimizer's attributes by `__getattr__`, or copied when it was made. So nothing here has a
-    # default on the class, which would hide the optimizer's, and what may be set later is
-    # looked up on the optimizer itself.
-    grad_norm = _OnReal["Tensor | None"]()
-    grad_scale = _OnReal[Tensor]()  # see `Scaling`; a scaler sets both for the time of a step
-    found_inf = _OnReal[Tensor]()
+    # default on the class, which would hide the optimizer's, and what is set later is in an object
+    # that both have.
+    grad_scale = _given("grad_scale")
+    found_inf = _given("found_inf")
 
     @untraced
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
@@ -140,20 +154,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """Sets what no state dict, copy or pickle has."""
-        self._ref = weakref.ref(self)
-        self.grad_norm = None
+        self._shared = Shared(self)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
-        self._findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
-        self._scaled = False  # whether a `fastopt.GradScaler` makes the step
         self._plan: Plan | None = None
         self._lock = _new_lock()
         #: Of the last steps, as far as they need no other look: see `Rows`.
         self._good_settings: set[Any] = set()
 
     @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients in the last step, before clipping: see `Optimizer`."""
+        return self._shared.grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | None) -> None:
+        self._shared.grad_norm = norm
+
+    @property
     def _real(self) -> Optimizer:
         """The optimizer, where ``self`` may be a framework's wrapper of it."""
-        return self._ref() or self
+        return self._shared.optimizer() or self
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -163,12 +183,11 @@ class Optimizer(torch.optim.Optimizer):
         ``max_norm`` or ``fused`` asks for it, or for gradients in fp16, which torch's scaler
         refuses to unscale.
         """
-        real = self._real
-        return real._scaled or any(
+        return self._shared.scaled or any(
             group["max_norm"] is not None
             or bool(group["fused"])
             or any(param.dtype == torch.float16 for param in group["params"])
-            for group in real.param_groups
+            for group in self._real.param_groups
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -354,7 +373,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
-        if "_ref" not in vars(self):
+        if "_shared" not in vars(self):
             self._begin()
         self._plan = None
         self._good_settings = set()

@@ -43,10 +43,8 @@ class Scaling(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Scaling:
-        attributes = vars(optimizer._real)
-        return cls(
-            attributes.get("grad_scale"), attributes.get("found_inf"), attributes["_findings"]
-        )
+        shared = optimizer._shared
+        return cls(shared.grad_scale, shared.found_inf, shared.findings)
 
     @property
     def on_device(self) -> bool:
