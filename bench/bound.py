@@ -47,15 +47,14 @@ def states(state: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """What a state consists of: several tensors where it is a dict, or
-    quantised by a class of its own."""
+    """What a state consists of: several tensors where it is a dict, or quantised by a class of its
+    own, or has checksums."""
     parts = value if isinstance(value, dict) else getattr(value, "__dict__", {})
     inner = [part for part in parts.values() if isinstance(part, (Tensor, dict))]
-    if inner:
-        for part in inner:
-            yield from tensors_of(part)
-    elif isinstance(value, Tensor):
+    if type(value) is Tensor or (isinstance(value, Tensor) and not inner):
         yield value
+    for part in inner:
+        yield from tensors_of(part)
 
 
 def bytes_moved(moved: Traffic, clips: bool) -> int:

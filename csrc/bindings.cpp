@@ -102,7 +102,6 @@ PYBIND11_MODULE(_C, m) {
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
       .def("scalars_of", &Plan::scalars_of)
-      .def("versions", &Plan::versions)
       .def("sum_of_squares", &Plan::sum_of_squares)
       .def("release", &Plan::release)
       .def("update", &Plan::update);

@@ -12,6 +12,16 @@ namespace fastopt {
 
 using Sizes = std::vector<int64_t>;
 
+// Bytes from a tensor's first element to the end of its last.
+inline int64_t extent(const Sizes& shape, const Sizes& strides, int64_t item_size) {
+  int64_t last = 0;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (shape[d] == 0) return 0;
+    last += (shape[d] - 1) * strides[d];
+  }
+  return (last + 1) * item_size;
+}
+
 class Layout {
  public:
   Layout() = default;

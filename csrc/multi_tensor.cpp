@@ -54,6 +54,10 @@ char* beside(const Operand& operand, int64_t begin) {
   }
 }
 
+uint32_t* sums(const Operand& operand, int64_t begin) {
+  return operand.sums ? operand.sums + begin / kSumBlock : nullptr;
+}
+
 // Whether the first array of an operand can be used where it is. Codes are in the order of the walk.
 bool in_place(const Layout& layout, int index, const Operand& operand) {
   return layout.contiguous(index) || is_coded(*operand.packing);
@@ -69,7 +73,8 @@ void unpack(const Layout& layout, int index, const Operand& operand, int64_t beg
                 [](uint16_t& here, uint16_t& there) { here = there; });
     from = gathered;
   }
-  packing_kernels().unpack[packing](from, beside(operand, begin), static_cast<int32_t>(n), to);
+  packing_kernels().unpack[packing](from, beside(operand, begin), sums(operand, begin),
+                                    static_cast<int32_t>(n), to);
 }
 
 void pack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
@@ -80,7 +85,7 @@ void pack(const Layout& layout, int index, const Operand& operand, int64_t begin
   void* to = direct ? static_cast<void*>(operand.data + begin * kItemBytes[packing]) : gathered;
   const auto first = static_cast<int32_t>(begin % kChunk);
   packing_kernels().pack[packing](from, key, first, static_cast<int32_t>(n), to,
-                                  beside(operand, begin));
+                                  beside(operand, begin), sums(operand, begin));
   if (!direct)
     for_each_16(layout, index, operand, begin, n, gathered,
                 [](uint16_t& here, uint16_t& there) { there = here; });

@@ -13,6 +13,7 @@ namespace fastopt {
 struct Operand {
   char* data = nullptr;
   char* beside = nullptr;  // the second array of the packing, in the order of the walk
+  uint32_t* sums = nullptr;  // the checksums of a remainder's parameter
   DType dtype = DType::float32;
   std::optional<Packing> packing;
 };

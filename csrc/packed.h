@@ -29,6 +29,8 @@ constexpr bool is_coded(Packing packing) {
   return packing == Packing::codes || packing == Packing::unsigned_codes;
 }
 
+inline constexpr int32_t kSumBlock = 256;  // elements that share a checksum
+inline constexpr uint32_t kSumFactor = 0x2c1b3c6d;
 inline constexpr int32_t kCodeBlock = 256;
 inline constexpr int64_t kItemBytes[kPackings] = {2, 2, 2, 2, 1, 1};  // of an element in `a`
 
@@ -176,11 +178,44 @@ struct Packed<Packing::unsigned_codes> : Codes<false> {};
 template <Packing packing, class Lanes>
 using LanesFor = std::conditional_t<packing == Packing::master_of_float16, OneLane, Lanes>;
 
+// A sum of products with odd numbers: any other number in a block, and all but certainly any others,
+// would change it.
+struct SumFactors {
+  uint32_t of[kSumBlock];
+  constexpr SumFactors() : of() {
+    for (uint32_t i = 0; i < kSumBlock; ++i) {
+      const uint32_t x = (i / 8 + 1) * 0x9e3779b1;
+      of[i] = i % 8 ? of[i - 1] * kSumFactor : (x ^ x >> 16) * kSumFactor | 1;
+    }
+  }
+};
+inline constexpr SumFactors kSumFactors;
+
+FASTOPT_INLINE uint32_t checksum(const uint16_t* a, int32_t n) {
+  uint32_t sum = 0;
+  for (int32_t i = 0; i < n; ++i) sum += a[i] * kSumFactors.of[i];
+  return sum;
+}
+
 // Makes n numbers of the arrays `a` and `b`.
 template <Packing packing, class Lanes>
 struct Unpack {
-  static FASTOPT_INLINE void run(const void* a, const void* b, int32_t n, float* x) {
-    if constexpr (is_coded(packing)) {
+  static FASTOPT_INLINE void run(const void* a, const void* b, const uint32_t* sums, int32_t n,
+                                 float* x) {
+    if constexpr (packing == Packing::remainder) {
+      static constexpr int16_t nothing[kSumBlock] = {};
+      for (int32_t begin = 0; begin < n; begin += kSumBlock) {
+        const int32_t count = std::min(kSumBlock, n - begin);
+        const uint16_t* param = static_cast<const uint16_t*>(a) + begin;
+        // Else somebody else wrote the parameter, and the remainder is out of date.
+        const bool stands = checksum(param, count) == sums[begin / kSumBlock];
+        const int16_t* remainder = stands ? static_cast<const int16_t*>(b) + begin : nothing;
+        for_each_group<Lanes, 1>(count, [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+          using L = decltype(lanes);
+          L::store(Packed<packing>::template get<L>(param, remainder, i), x + begin + i);
+        });
+      }
+    } else if constexpr (is_coded(packing)) {
       for (int32_t begin = 0; begin < n; begin += kCodeBlock) {
         const float scale = static_cast<const float*>(b)[begin / kCodeBlock];
         for_each_group<Lanes, 1>(
@@ -203,7 +238,7 @@ struct Unpack {
 template <Packing packing, class Lanes>
 struct Pack {
   static FASTOPT_INLINE void run(const float* x, uint32_t key, int32_t first, int32_t n, void* a,
-                                 void* b) {
+                                 void* b, uint32_t* sums) {
     if constexpr (is_coded(packing)) {
       auto* scales = static_cast<float*>(b);
       // All scales before all codes: the processor need not wait for one before it goes on.
@@ -232,6 +267,10 @@ struct Pack {
         if constexpr (packing == Packing::remainder)
           L::store_lower_bits(of_b, static_cast<uint16_t*>(b) + i);
       });
+      if constexpr (packing == Packing::remainder)
+        for (int32_t begin = 0; begin < n; begin += kSumBlock)
+          sums[begin / kSumBlock] = checksum(static_cast<const uint16_t*>(a) + begin,
+                                             std::min(kSumBlock, n - begin));
     }
   }
 

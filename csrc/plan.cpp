@@ -18,13 +18,23 @@ int find_rule(const std::string& name, const std::string& states, std::index_seq
   return found;
 }
 
+// What is about to be read as a tensor.
+template <class Object>
+const Object& checked(const Object& object) {
+  static PyObject* const type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  if (!py::isinstance(object, type))
+    throw py::type_error("a tensor is wanted, not " + std::string(py::repr(object)));
+  return object;
+}
+
 }  // namespace
 
 Description::Description(const py::tuple& description)
     : data(reinterpret_cast<char*>(description[0].cast<uintptr_t>())),
       shape(description[2].cast<Sizes>()),
       strides(description[3].cast<Sizes>()),
-      beside(reinterpret_cast<char*>(description[4].cast<uintptr_t>())) {
+      beside(reinterpret_cast<char*>(description[4].cast<uintptr_t>())),
+      sums(reinterpret_cast<uint32_t*>(description[5].cast<uintptr_t>())) {
   const int storage = description[1].cast<int>();
   if (storage < kDTypes) {
     dtype = static_cast<DType>(storage);
@@ -46,7 +56,8 @@ Description::Description(py::handle object, const py::tuple& types) : data(nullp
   const Layout layout(shape, {strides});
   if (!layout.contiguous(0) || (layout.numel() && !tensor.is_plain())) return;
   static char nothing;
-  data = layout.numel() ? tensor.data(kItemSize[found]) : &nothing;
+  const int64_t item_size = kItemSize[found];
+  data = layout.numel() ? tensor.data(item_size, layout.numel() * item_size) : &nothing;
 }
 
 int rule_index(const std::string& name, const std::string& states) {
@@ -62,18 +73,14 @@ Tensor make_tensor(int rule, const std::vector<Description>& operands) {
   tensor.n_operands = static_cast<int>(operands.size());
   std::vector<Sizes> strides;
   for (size_t i = 0; i < operands.size(); ++i) {
-    tensor.operands[i] = {operands[i].data, operands[i].beside, operands[i].dtype,
-                          operands[i].packing};
+    tensor.operands[i] = {operands[i].data, operands[i].beside, operands[i].sums,
+                          operands[i].dtype, operands[i].packing};
     strides.push_back(operands[i].strides);
   }
   const Sizes& shape = operands[0].shape;
   tensor.layout = Layout(shape, strides);
   tensor.grad_layout = Layout(shape, {strides[1]});
-  if (tensor.layout.numel() > 0) {
-    int64_t last = 0;
-    for (size_t d = 0; d < shape.size(); ++d) last += (shape[d] - 1) * strides[0][d];
-    tensor.extent = (last + 1) * kItemSize[static_cast<int>(operands[0].dtype)];
-  }
+  tensor.extent = extent(shape, strides[0], kItemSize[static_cast<int>(operands[0].dtype)]);
   return tensor;
 }
 
@@ -95,7 +102,7 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
         handle.cast<std::tuple<int, py::object, std::optional<py::object>>>();
     Item item{};
     item.group = group;
-    item.param = keep(param);
+    item.param = keep(checked(param));
     item.repeat = seen[item.param]++;
     repeats_ |= item.repeat > 0;
     item.updated = details.has_value();
@@ -115,13 +122,11 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       item.part = details->attr("part").cast<int>();
       item.scalars_here = details->attr("scalars_here").cast<bool>();
       item.fresh = details->attr("fresh").cast<bool>();
-      if (const py::object version = details->attr("version"); !version.is_none()) {
-        item.has_version = true;
-        item.version = version.cast<int64_t>();
-      }
-      if (item.has_grad) grads_.push_back(grad);
+      if (item.has_grad) grads_.push_back(checked(grad));
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.grad_type = operands[1].dtype;
+      item.grad_extent = extent(operands[0].shape, operands[1].strides,
+                                kItemSize[static_cast<int>(item.grad_type)]);
       for (const Sizes* sizes : {&operands[0].shape, &operands[1].strides})
         sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
       if (fields_known) {
@@ -153,6 +158,7 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
 
 // What is not known where to look at is not watched: no plan holds then.
 void Plan::watch(py::handle tensor) {
+  checked(tensor);
   if (!fields_known) return;
   watched_.push_back({tensor.ptr(), TorchTensor::of(tensor.ptr()).fingerprint()});
 }
@@ -200,24 +206,11 @@ bool dict_holds(PyObject* dict, uint64_t& tag, const Entry* begin, const Entry* 
   return true;
 }
 
-int64_t version_of(PyObject* param) {
-  if (fields_known)
-    if (const uint32_t* version = TorchTensor::of(param).version()) return *version;
-  return py::handle(param).attr("_version").cast<int64_t>();
-}
-
 }  // namespace
 
 bool Plan::state_holds() {
   return dict_holds(state_.ptr(), state_tag_, state_entries_.data(),
                     state_entries_.data() + state_entries_.size());
-}
-
-// Whether nobody else has written a parameter that must not be, for all that its version tells.
-bool Plan::is_unwritten(const Item& item) const {
-  if (!item.has_version) return true;
-  const uint32_t* version = TorchTensor::of(item.param).version();
-  return version && item.version == *version;
 }
 
 // Whether parameter and states are where they were.
@@ -230,14 +223,6 @@ bool Plan::item_holds(Item& item) {
                                    entries_.data() + item.entries_end);
 }
 
-py::list Plan::versions() const {
-  py::list versions;
-  for (const Item& item : items_)
-    if (item.has_version && item.repeat == 0)
-      versions.append(py::make_tuple(py::handle(item.param), item.version));
-  return versions;
-}
-
 // Whether a gradient is of the kind that the plan was built for.
 bool Plan::is_expected(const Item& item, TorchTensor grad) const {
   const int64_t* shape = sizes_.data() + item.sizes;
@@ -245,15 +230,18 @@ bool Plan::is_expected(const Item& item, TorchTensor grad) const {
          grad.has(item.ndim, shape, shape + item.ndim);
 }
 
-// Takes the gradient's address; false where it is not of the kind that the plan was built for.
+// Holds the gradient and takes its address from what is held: autograd's threads may replace it at any
+// time. False where it is not of the kind that the plan was built for.
 bool Plan::find_grad(size_t i) {
   Item& item = items_[i];
-  const auto grad = TorchTensor::of(item.param).grad();
-  item.has_grad = grad.has_value();
-  if (!grad) return true;
-  if (!item.updated || !is_expected(item, *grad)) return false;
-  char* data = grad->data(kItemSize[static_cast<int>(item.grad_type)]);
-  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was freed
+  const char* slot = TorchTensor::of(item.param).grad_slot();
+  item.has_grad = slot != nullptr;
+  if (!slot) return true;
+  if (!item.updated) return false;
+  const TorchTensor grad = held_[i].hold(slot);
+  if (!is_expected(item, grad)) return false;
+  char* data = grad.data(kItemSize[static_cast<int>(item.grad_type)], item.grad_extent);
+  if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was resized
   tensors_[i].operands[1].data = data;
   return true;
 }
@@ -261,70 +249,45 @@ bool Plan::find_grad(size_t i) {
 bool Plan::refresh(int threads) {
   release();
   if (!fields_known || !groups_hold() || !state_holds()) return false;
+  if (held_.empty()) held_ = std::vector<HeldTensor>(items_.size());
+  // In this thread alone: torch may want the GIL for a gradient that is a Python object too.
+  bool same_grads = true;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!find_grad(i)) return release(), false;
+    same_grads &= items_[i].has_grad == items_[i].scheduled;
+  }
   // No Python object is changed or called, so the threads share the wait for memory, while this one
   // keeps the GIL from everybody else; and they are awake for the passes that follow.
-  std::atomic<bool> holds = true, same_grads = true;
+  std::atomic<bool> holds = true;
   parallel_for(static_cast<int64_t>(items_.size()), 64, threads, [&](int64_t i) {
     Item& item = items_[i];
-    const bool had_grad = item.has_grad;
-    if (!find_grad(i) || (item.has_grad && !item_holds(item)) || !is_unwritten(item))
+    if (!item.has_grad) return;
+    if (!item_holds(item))
       holds = false;
-    else if (item.has_grad != had_grad)
-      same_grads = false;
-    if (holds && item.has_grad && item.step) item.steps_made = *item.step;
+    else if (item.step)
+      item.steps_made = *item.step;
   });
-  if (!holds) return false;
+  if (!holds) return release(), false;
   if (!same_grads) schedule();
-  if (!holds_grads_) return true;
-  if (held_.empty()) held_ = std::vector<HeldTensor>(items_.size());
-  for (size_t i = 0; i < items_.size(); ++i)
-    if (items_[i].has_grad) held_[i].hold(TorchTensor::of(items_[i].param).grad_slot());
-  return true;
+  return ready_ = true;
 }
 
-// Calls f, which reads the gradients. Where these are held, other Python threads may run meanwhile.
-// Holding one costs more than a short pass over it: where they are not held no Python thread may run,
-// and none must have replaced any so far.
-template <class F>
-auto Plan::pass(const F& f) const {
-  if (!holds_grads_ && grads_.empty()) {
-    check_grads();
-    return f();
-  }
-  py::gil_scoped_release release;
-  return f();
-}
-
-void Plan::check_grads() const {
-  for (size_t i = 0; i < items_.size(); ++i) {
-    if (!items_[i].has_grad) continue;
-    const auto grad = TorchTensor::of(items_[i].param).grad();
-    if (!grad || !is_expected(items_[i], *grad) ||
-        grad->data(kItemSize[static_cast<int>(items_[i].grad_type)]) != tensors_[i].operands[1].data)
-      throw std::runtime_error(
-          "another thread replaced gradients while the optimizer made a step with them: nothing was "
-          "changed");
-  }
+void Plan::check_ready() const {
+  if (!ready_) throw std::logic_error("a plan was used without its gradients");
 }
 
 void Plan::release() {
+  ready_ = false;
   grads_.clear();
   for (HeldTensor& held : held_) held.release();
 }
 
 void Plan::schedule() {
-  int64_t bytes = 0, grads = 0;
-  bool elsewhere = false;  // other parts are not done with the gradients when a call returns
-  for (size_t i = 0; i < items_.size(); ++i) {
-    const Item& item = items_[i];
-    tensors_[i].active = item.has_grad && item.part == 0;
-    if (!item.has_grad) continue;
-    elsewhere |= item.part != 0;
-    bytes += tensors_[i].layout.numel() * kItemSize[static_cast<int>(item.grad_type)];
-    ++grads;
-  }
-  holds_grads_ = elsewhere || bytes >= grads * kLong || bytes >= kLongInAll;
-  schedule_.emplace(tensors_);
+  for (size_t i = 0; i < items_.size(); ++i)
+    tensors_[i].active = items_[i].has_grad && items_[i].part == 0;
+  schedule_ = Schedule(tensors_);
+  // Only now: without the memory for a schedule, the old one belongs to the old pattern.
+  for (Item& item : items_) item.scheduled = item.has_grad;
   ++pattern_;
 }
 
@@ -370,7 +333,9 @@ py::bytes Plan::scalars_of(int part) const {
 }
 
 double Plan::sum_of_squares(int threads) const {
-  return pass([&] { return reduce_grads(tensors_, *schedule_, 2, threads); });
+  check_ready();
+  py::gil_scoped_release release;
+  return reduce_grads(tensors_, *schedule_, 2, threads);
 }
 
 void Plan::increment_versions() const {
@@ -380,14 +345,18 @@ void Plan::increment_versions() const {
   py::module_::import("torch.autograd.graph").attr("increment_version")(written);
 }
 
-void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) {
+void Plan::update(const std::vector<std::vector<double>>& scalars, int threads,
+                  const py::list& undo) {
+  check_ready();
   size_t row_size = 0;
   for (const auto& row : scalars) row_size = std::max(row_size, row.size());
   std::vector<double> table(scalars.size() * row_size);
   for (size_t r = 0; r < scalars.size(); ++r)
     std::copy(scalars[r].begin(), scalars[r].end(), table.begin() + r * row_size);
-  pass([&] { fastopt::update(tensors_, *schedule_, table, row_size, threads); });
-  release();
+  {
+    py::gil_scoped_release release;
+    fastopt::update(tensors_, *schedule_, table, row_size, threads);
+  }
   parallel_for(static_cast<int64_t>(items_.size()), 256, repeats_ ? 1 : threads, [&](int64_t i) {
     Item& item = items_[i];
     if (!item.has_grad) return;
@@ -397,10 +366,9 @@ void Plan::update(const std::vector<std::vector<double>>& scalars, int threads) 
     uint32_t* version = fields_known ? TorchTensor::of(item.param).version() : nullptr;
     if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
   });
+  PyList_Type.tp_clear(undo.ptr());  // needs no memory
+  release();
   if (!fields_known) increment_versions();
-  // Of all, because parameters may share a version. `refresh` has seen that nobody else wrote them.
-  for (Item& item : items_)
-    if (item.has_version) item.version = version_of(item.param);
 }
 
 }  // namespace fastopt

@@ -16,14 +16,16 @@ namespace fastopt {
 
 namespace py = pybind11;
 
-// Address, storage, shape and strides of a tensor, and the address of what is stored beside it: the
-// tuple that fastopt.items.describe makes. The storages are those of DType, then those of Packing.
+// Address, storage, shape and strides of a tensor, and the addresses of what is stored beside it and of
+// its checksums: the tuple that fastopt.items.describe makes. The storages are those of DType, then those
+// of Packing.
 struct Description {
   char* data;
   DType dtype = DType::float32;
   std::optional<Packing> packing;
   Sizes shape, strides;
   char* beside = nullptr;
+  uint32_t* sums = nullptr;
 
   explicit Description(const py::tuple& description);
   // Of a CPU tensor without gaps that is of one of these Python types itself; data is null where
@@ -51,8 +53,8 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  // Takes the gradients that are there now. False where anything else has changed since the plan was
-  // built but the gradients' addresses and which of them are None, and where `fields` are not known.
+  // Takes and holds the gradients that are there now. Returns false if the plan is stale, or if `fields`
+  // are not known. Only gradient addresses, and which gradients are None, may change.
   bool refresh(int threads);
 
   // What this step consists of: one row of scalars is wanted for each.
@@ -66,18 +68,15 @@ class Plan {
   py::bytes grads(int part) const;
   py::bytes scalars_of(int part) const;
 
-  // For each parameter whose states are out of date once somebody else writes it: (parameter, the
-  // version that it had after the last step).
-  py::list versions() const;
-
   double sum_of_squares(int threads) const;
 
-  // Drops the gradients of a step that is not made.
+  // Drops the gradients; the next step needs `refresh` first.
   void release();
 
   // Updates those of part 0; counts the steps of all cohorts, for each of which scalars has a row; and
-  // increments the versions of all parameters that this step writes, in whatever part.
-  void update(const std::vector<std::vector<double>>& scalars, int threads);
+  // increments the versions of all parameters that this step writes, in whatever part. Clears `undo`
+  // once that is done, which an interrupt could keep Python from.
+  void update(const std::vector<std::vector<double>>& scalars, int threads, const py::list& undo);
 
  private:
   struct Entry {  // of a state dict
@@ -97,6 +96,7 @@ class Plan {
     size_t watched, watched_end;  // its part of watched_: the parameter, then its states
     size_t sizes;  // where its part of sizes_ begins
     size_t entries, entries_end;
+    int64_t grad_extent;  // bytes that it needs of its storage
     double steps_made;
     int32_t ndim;
     int32_t group;
@@ -106,28 +106,22 @@ class Plan {
     int16_t part;
     bool updated;  // once there is a gradient
     bool has_grad;
+    bool scheduled;  // it had a gradient when the schedule was made
     bool scalars_here;  // its step is counted here, and it belongs to a cohort
     bool fresh;  // it has no step to count, and its states are new
-    bool has_version;
-    int64_t version;  // the one that it has to have, if it has to have one
   };
 
   static constexpr int64_t kNoGrad = -1;  // as in kernels/multi_tensor.py
-  // Bytes of a gradient, on average, and of all, from which on they are held.
-  static constexpr int64_t kLong = 1 << 14, kLongInAll = 1 << 26;
 
   template <class F>
   py::bytes words_of(int part, const F& word) const;
-  template <class F>
-  auto pass(const F& f) const;
-  void check_grads() const;
+  void check_ready() const;
   void watch(py::handle tensor);
   bool groups_hold() const;
   bool state_holds();
   bool is_expected(const Item& item, TorchTensor grad) const;
   bool find_grad(size_t i);
   bool item_holds(Item& item);
-  bool is_unwritten(const Item& item) const;
   void schedule();
   void increment_versions() const;
   int cohort_of(const Item& item);
@@ -136,9 +130,9 @@ class Plan {
   py::dict state_;
   uint64_t state_tag_ = 0;
   // The gradients, from when they are found until they have been read: those that the plan was built
-  // with, and those of a later step.
+  // with, and those of a later step, one for each item.
   std::vector<py::object> grads_;
-  std::vector<HeldTensor> held_;  // one for each item, where they are held
+  std::vector<HeldTensor> held_;
   std::vector<py::object> kept_;  // keeps every object that is compared by identity alive
   std::vector<py::object> group_params_;
   std::vector<Entry> state_entries_;  // of state_ itself
@@ -150,8 +144,8 @@ class Plan {
 
   std::vector<Tensor> tensors_;  // one for each item
   int64_t pattern_ = 0;
-  bool repeats_ = false;   // a parameter stands twice in the groups
-  bool holds_grads_ = false;
+  bool repeats_ = false;  // a parameter stands twice in the groups
+  bool ready_ = true;     // the gradients are held
   std::vector<Cohort> cohorts_;
   std::vector<int> last_cohort_;  // of each group
   std::optional<Schedule> schedule_;

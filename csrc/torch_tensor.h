@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <optional>
 #include <stdexcept>
 
 #include "dtypes.h"
@@ -17,8 +16,8 @@ namespace fastopt {
 
 // As Fields in fastopt/torch_fields.py, which explains them, in the same order.
 struct TensorFields {
-  uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data, grad,
-      number, undefined, plain_keys;
+  uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data,
+      nbytes, grad, number, undefined, plain_keys;
 };
 
 inline TensorFields fields;
@@ -42,7 +41,11 @@ class TorchTensor {
  public:
   explicit TorchTensor(const char* impl) : impl_(impl) {}
   static TorchTensor of(const PyObject* tensor) {
-    return TorchTensor(read<const char*>(reinterpret_cast<const char*>(tensor), fields.impl));
+    return at(reinterpret_cast<const char*>(tensor) + fields.impl);
+  }
+  // `slot` is the address of an at::Tensor.
+  static TorchTensor at(const void* slot) {
+    return TorchTensor(read<const char*>(static_cast<const char*>(slot), 0));
   }
 
   uint64_t keys() const { return read<uint64_t>(impl_, fields.keys); }
@@ -57,10 +60,11 @@ class TorchTensor {
   }
   const int64_t* strides() const { return sizes() + std::max(dim(), kInline); }
 
-  // Null where the tensor has no memory.
-  char* data(int64_t item_size) const {
+  // Null where the tensor has less memory than these bytes.
+  char* data(int64_t item_size, int64_t extent) const {
     char* memory = storage() ? read<char*>(storage(), fields.data) : nullptr;
-    return memory ? memory + read<int64_t>(impl_, fields.storage_offset) * item_size : nullptr;
+    const int64_t offset = read<int64_t>(impl_, fields.storage_offset) * item_size;
+    return memory && offset + extent <= nbytes() ? memory + offset : nullptr;
   }
 
   // Whether the memory is of torch's own allocator for CPUs: not shared until it is written, say.
@@ -84,20 +88,15 @@ class TorchTensor {
     if (!meta || read<uint64_t>(meta, fields.grad) == fields.undefined) return nullptr;
     return meta + fields.grad;
   }
-  std::optional<TorchTensor> grad() const {
-    const char* slot = grad_slot();
-    if (!slot) return std::nullopt;
-    return TorchTensor(read<const char*>(slot, 0));
-  }
-
   // Null for a tensor of inference mode.
   uint32_t* version() const {
     char* counter = read<char*>(impl_, fields.version);
     return counter ? reinterpret_cast<uint32_t*>(counter + fields.number) : nullptr;
   }
 
-  // A number that another address, storage, shape, dtype or kind of tensor would change: a sum of
-  // products with odd numbers, which differs where a single word does, and else all but certainly.
+  // A number that another address, storage, size of that, shape, dtype or kind of tensor would
+  // change: a sum of products with odd numbers, which differs where a single word does, and else all
+  // but certainly.
   uint64_t fingerprint() const {
     uint64_t factor = 0x9e3779b97f4a7c15, sum = 0;
     const auto add = [&](uint64_t word) {
@@ -106,23 +105,26 @@ class TorchTensor {
     };
     add(reinterpret_cast<uint64_t>(impl_));
     add(reinterpret_cast<uint64_t>(storage()));
-    if (storage())
+    if (storage()) {
       for (uint64_t word = 0; word < 3; ++word)  // with who frees it, which tells of copy-on-write
         add(read<uint64_t>(storage(), fields.data + word * sizeof(uint64_t)));
+      add(nbytes());
+    }
     const int64_t dim = this->dim();
-    add(dim);
+    add(static_cast<uint64_t>(dim) << 32 | dtype_and_device());
     const int64_t *sizes = this->sizes(), *strides = sizes + std::max(dim, kInline);
     for (int64_t d = 0; d < dim; ++d) {
       add(sizes[d]);
       add(strides[d]);
     }
     add(read<uint64_t>(impl_, fields.storage_offset));
-    add(dtype_and_device());
     add(keys());
     return sum;
   }
 
  private:
+  int64_t nbytes() const { return read<int64_t>(storage(), fields.nbytes); }
+
   static constexpr int64_t kInline = 5;  // INLINE in fastopt/torch_fields.py
 
   template <class T>
@@ -145,10 +147,12 @@ class HeldTensor {
     if (tensor_) functions.destroy(tensor_);
   }
 
-  void hold(const void* tensor) {
+  // `slot` is where the at::Tensor is; returns a view of what is held now.
+  TorchTensor hold(const char* slot) {
     if (!tensor_ && functions.make(&tensor_)) throw std::bad_alloc();
-    if (functions.assign(tensor, tensor_)) throw std::runtime_error("torch did not share a tensor");
+    if (functions.assign(slot, tensor_)) throw std::runtime_error("torch did not share a tensor");
     holds_ = true;
+    return TorchTensor::at(tensor_);
   }
   void release() {
     if (!holds_) return;

@@ -122,7 +122,7 @@ class _Cpp(_Reference):
         super().__init__(grads)
         extension = dispatch.extension()
         assert extension is not None
-        self.targets = targets or extension.Targets([describe(grad) for grad in grads])
+        self.targets = targets or extension.Targets([describe(Stored(grad)) for grad in grads])
 
     def power_sum(self, order: float) -> Tensor:
         total = self.targets.power_sum(order, torch.get_num_threads())

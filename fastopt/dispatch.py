@@ -198,8 +198,8 @@ def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
     elif tensor.is_meta:
         found = "is on the meta device and has no data"
         cure = "materialize the model (to_empty, then initialize) first"
-    elif not _has_memory(tensor):
-        found, cure = "has lost its memory (its storage was resized to 0)", "give it data again"
+    elif lost := _lost(tensor):
+        found, cure = lost, "give it data again"
     else:
         return
     raise RuntimeError(f"{prefix}{where} {found}: {cure}")
@@ -228,6 +228,11 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             f"{where} is {param.dtype} and its gradient {grad.dtype}: "
             "set it to None when the parameter's dtype changes, or set parameter.grad_dtype"
         )
+    if is_faking() and not is_wrapper(param):
+        raise RuntimeError(
+            f"{where} is real, and a FakeTensorMode is active: step outside of it, or make the "
+            "model and its optimizer within it"
+        )
     if param.is_inference():
         raise RuntimeError(
             f"{where} was made in inference mode and must not be changed outside of it: clone it"
@@ -252,14 +257,17 @@ def check_state(
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if not fits(param, state, shape, dtypes):
-        found = type(state).__name__
-        if isinstance(state, Tensor):
-            found = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
-        raise RuntimeError(
-            f"{where} on {param.device} has a state {name!r} that does not fit it ({found}): "
-            "load a state dict of this model, or delete the parameter's entry in optimizer.state"
-        )
+    if fits(param, state, shape, dtypes):
+        return
+    found = f"does not fit it ({type(state).__name__})"
+    if isinstance(state, Tensor):
+        kind = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
+        is_like = _is_like(param, state, shape, dtypes)
+        found = _lost(state) if is_like else f"does not fit it ({kind})"
+    raise RuntimeError(
+        f"{where} on {param.device} has a state {name!r} that {found}: "
+        "load a state dict of this model, or delete the parameter's entry in optimizer.state"
+    )
 
 
 def check_step(step: object, where: object) -> None:
@@ -269,9 +277,12 @@ def check_step(step: object, where: object) -> None:
         RuntimeError: as in `check_dense`.
     """
     if isinstance(step, Tensor) and step.numel() == 1:
-        if step.device.type != "cpu":
+        if _lost(step):
+            step = "a tensor that has lost its memory"
+        elif step.device.type != "cpu":
             return  # not worth waiting for
-        step = step.item()
+        else:
+            step = step.item()
     if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
         raise RuntimeError(
             f"{where} has a state 'step' that is no number of steps ({step}): "
@@ -283,25 +294,52 @@ def fits(
     param: Tensor, state: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> bool:
     """Whether an object can be a state of the parameter, of this shape and one of these dtypes."""
+    return isinstance(state, Tensor) and _is_like(param, state, shape, dtypes) and not _lost(state)
+
+
+def _is_like(
+    param: Tensor, state: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> bool:
+    """Whether a state fits, if it has all of its memory."""
     return (
-        isinstance(state, Tensor)
-        and state.shape == shape
+        state.shape == shape
         and state.device == param.device
         and state.dtype in dtypes
         and state.layout == torch.strided
         and not overlaps_itself(state)
-        and _has_memory(state)
     )
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def _lost(tensor: Tensor) -> str:
+    """What a dense tensor has lost of its memory, "" where all is there."""
     # A wrapper such as DTensor has none of its own, and needs none here.
-    return tensor.numel() == 0 or tensor.data_ptr() != 0 or is_wrapper(tensor)
+    if tensor.numel() == 0 or is_wrapper(tensor):
+        return ""
+    nbytes = tensor.untyped_storage().nbytes()
+    last = tensor.numel() - 1
+    if not tensor.is_contiguous():
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in sizes)
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.data_ptr() != 0 and nbytes >= end:
+        return ""
+    part = "part of its memory" if nbytes else "its memory"
+    return f"has lost {part} (its storage was resized to {nbytes} bytes)"
 
 
 def is_wrapper(tensor: Tensor) -> bool:
     """Whether a subclass intercepts operators."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_faking() -> bool:
+    """Whether a FakeTensorMode is active, in which nothing real is to be computed."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def hides_grad(param: Tensor) -> bool:
+    """Whether a subclass keeps its gradient elsewhere than a tensor does."""
+    return type(param).grad is not Tensor.grad
 
 
 def _grad_dtype(param: Tensor) -> torch.dtype | None:

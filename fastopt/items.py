@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,14 +21,16 @@ if TYPE_CHECKING:
     from .optimizers import Optimizer
 
 
-def describe(tensor: Tensor, packing: str | None = None, b: Tensor | None = None) -> Description:
-    """What the C++ backend needs to know of a tensor, or of the arrays of a `Stored`."""
-    if packing is None:
-        storage = dispatch.DTYPES.index(tensor.dtype)
+def describe(stored: Stored) -> Description:
+    """What the C++ backend needs to know of how some numbers are kept."""
+    if stored.packing is None:
+        storage = dispatch.DTYPES.index(stored.a.dtype)
     else:
-        storage = len(dispatch.DTYPES) + list(PACKINGS).index(packing)
-    beside = 0 if b is None else b.data_ptr()
-    return tensor.data_ptr(), storage, tuple(tensor.shape), tensor.stride(), beside
+        storage = len(dispatch.DTYPES) + list(PACKINGS).index(stored.packing)
+    address, beside, sums = (
+        0 if x is None else x.data_ptr() for x in (stored.a, stored.b, stored.sums)
+    )
+    return address, storage, tuple(stored.a.shape), stored.a.stride(), beside, sums
 
 
 class Watched(NamedTuple):
@@ -38,7 +42,6 @@ class Watched(NamedTuple):
         rule: index into Rules of csrc/rules.h.
         operands: descriptions of parameter, gradient and states.
         states: the tensors of the parameter's state that a step writes, but for ``step``.
-        version: the parameter's version, where its states are out of date once that changes.
         fresh: there is no step to count, and the states are made in this step.
         part: 0: updated by the C++ kernels; else by this one of `Plan.parts`, counted from 1.
         scalars_here: the plan counts the step and computes the scalars, not the device.
@@ -49,7 +52,6 @@ class Watched(NamedTuple):
     rule: int
     operands: list[Description]
     states: list[Tensor]
-    version: int | None
     step: Tensor | None
     fresh: bool
     part: int
@@ -87,11 +89,6 @@ class Item:
         """The parameter and the rule's states."""
         return [form.stored(self.param, self.state) for form in self.forms]
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether a change of the parameter makes its state out of date."""
-        return self.forms[0].packing == "remainder"
-
     def watched(self, rule: Rule, part: int, scalars_here: bool) -> Watched:
         extension = dispatch.extension()
         assert extension is not None
@@ -101,13 +98,8 @@ class Item:
             grad=self.grad,
             state=self.state or None,
             rule=extension.rule_index(rule.name, " ".join(self.names)),
-            operands=[
-                describe(param.a, param.packing, param.b),
-                describe(grad),
-                *(describe(state.a, state.packing, state.b) for state in states),
-            ],
+            operands=[describe(numbers) for numbers in (param, Stored(grad), *states)],
             states=[self.state[key] for form in self.forms for key in form.keys],
-            version=self.param._version if self.is_watched else None,
             step=self.state.get("step"),
             fresh=self.fresh,
             part=part,
@@ -180,15 +172,19 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
     return Item(place.group_index, number, param, grad, backend, state, forms)
 
 
-def make_states(
-    optimizer: Optimizer, items: list[Item], on_device: bool
-) -> list[tuple[Tensor, dict[str, Any] | None]]:
-    """Gives every item the states that it lacks, and drops remainders that are out of date.
+#: Calls that take the changes of a step back, last change first, until the step is made.
+Undo = list[Callable[[], None]]
 
-    Returns what there was before: for each parameter that lacked some a copy of its entry in the
-    optimizer's state, None where it had none.
-    """
-    rule, groups = optimizer.rule, optimizer.param_groups
+
+def take_back(undo: Undo) -> None:
+    while undo:
+        undo[-1]()
+        undo.pop()
+
+
+def make_states(optimizer: Optimizer, items: list[Item], on_device: bool, undo: Undo) -> None:
+    """Gives every item the states that it lacks."""
+    rule, groups, state = optimizer.rule, optimizer.param_groups, optimizer.state
     # All memory first, so that nothing has changed where there is not enough of it.
     made = {}
     for item in items:
@@ -202,25 +198,29 @@ def make_states(
                 "each replay: make one step before the capture"
             )
         made[item.param] = new
-    state = optimizer.state
-    before = [
-        (param, dict(state[param]) if param in state else None)
-        for param, new in made.items()
-        if new.new or new.obsolete
-    ]
+    changed = [param for param, new in made.items() if new.new or new.obsolete]
+    before = {param: dict(state[param]) if param in state else None for param in changed}
+    undo.append(functools.partial(_put_back, state, before))
     for item in items:
         if item.param in made:
             new = made.pop(item.param)
             if new.new:
-                item.state = state.setdefault(item.param, {})
-                item.state.update(new.new)
+                state.setdefault(item.param, {}).update(new.new)
                 item.fresh = new.fresh
             for key in new.obsolete:
-                del item.state[key]
+                del state[item.param][key]
         item.state = state.get(item.param, item.state)
-    optimizer._drop_remainders()
-    optimizer._versions = {item.param: item.param._version for item in items if item.is_watched}
-    return before
+
+
+def _put_back(
+    state: dict[Tensor, dict[str, Any]], before: dict[Tensor, dict[str, Any] | None]
+) -> None:
+    for param, entries in before.items():
+        if entries is None:
+            state.pop(param, None)
+        else:
+            state[param].clear()
+            state[param].update(entries)
 
 
 def new_states(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -13,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from . import checkpoints, dispatch, precision
 from .clip import get_total_norm
-from .items import Place, new_states
+from .items import Place, Undo, new_states, take_back
 from .plan import Plan
 from .rules import RULES, Group, Rule
 from .scalars import Rows
@@ -80,13 +83,12 @@ class Optimizer(torch.optim.Optimizer):
     grad_norm: Tensor | None = None
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to `step`
     _findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
-    _plan: Plan | None = None
 
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
-        #: What `Tensor._version` was after the last step, where no plan remembers.
-        self._versions: dict[Tensor, int] = {}
+        self._plan: Plan | None = None
+        self._lock = _new_lock()
         super().__init__(params, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,21 +107,27 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with self._lock:
+            undo: Undo = []
+            try:
+                self._step(undo)
+            except BaseException:
+                take_back(undo)
+                raise
+        return loss
+
+    def _step(self, undo: Undo) -> None:
+        # Gone until the step is made: a plan that raised may be stale.
+        plan, self._plan = self._plan, None
         rows = Rows(self)
         if not rows.on_device and rows.scaling.skips:
             self._measure(rows.inv_scale)
-            return loss
-        plan = self._plan
-        if plan is None or not plan.holds(self, rows):
-            if plan is not None:
-                self._versions.update(plan.versions())
-            plan = Plan(self, rows)
-        plan.run(self, rows)
-        if not plan.reusable:
-            self._versions.update(plan.versions())
-            plan = None
-        self._plan = plan
-        return loss
+        else:
+            if plan is None or not plan.holds(self, rows):
+                plan = Plan(self, rows, undo)
+            plan.run(self, rows, undo)
+        if plan is not None and plan.reusable:
+            self._plan = plan
 
     @staticmethod
     def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,7 +167,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             _check_settings(self.rule, {**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        with self._lock:
+            super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
@@ -185,17 +194,18 @@ class Optimizer(torch.optim.Optimizer):
             saved.extend(state_dict["param_groups"])
             return checkpoints.prepare(optimizer, state_dict)
 
-        # Registered only now, to run after the user's hooks.
-        handle = self.register_load_state_dict_pre_hook(prepare)
-        before = self.state, self.param_groups, self._plan, self._versions
-        try:
-            super().load_state_dict(state_dict)
-            checkpoints.convert(self, saved, lossy)
-        except BaseException:
-            self.state, self.param_groups, self._plan, self._versions = before
-            raise
-        finally:
-            handle.remove()
+        with self._lock:
+            # Registered only now, to run after the user's hooks.
+            handle = self.register_load_state_dict_pre_hook(prepare)
+            before = self.state, self.param_groups, self._plan
+            try:
+                super().load_state_dict(state_dict)
+                checkpoints.convert(self, saved, lossy)
+            except BaseException:
+                self.state, self.param_groups, self._plan = before
+                raise
+            finally:
+                handle.remove()
 
     def torch_state_dict(self) -> dict[str, Any]:
         """`state_dict` as `torch.optim` wants it, where ``state_dtype`` is ``"8bit"``.
@@ -215,47 +225,66 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a precision mode does not fit a parameter's dtype.
         """
-        self._drop_remainders()
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 state = self.state.get(param, {})
                 yield precision.master(group, param, state, Place(group, g, i))
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; remainders of parameters that were written since the last step are 0.
+        """As in torch; remainders are 0 where the parameter was written since the last step.
 
         The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint` refuses to gather
         state dicts that hold a dtype.
         """
-        self._drop_remainders()
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            group["state_dtype"] = str(group["state_dtype"])
-        return state_dict
-
-    def _drop_remainders(self) -> None:
-        """Sets those to 0 that belong to what parameters were before somebody else wrote them."""
-        if self._plan is not None:
-            self._versions.update(self._plan.versions())
-        for param, version in self._versions.items():
-            remainder = self.state.get(param, {}).get("param_remainder")
-            if remainder is not None and param._version != version:
-                remainder.zero_()
+        with self._lock:
+            for param, state in self.state.items():
+                precision.settle(param, state)
+            # Registered only now, to run before the user's hooks.
+            handle = self.register_state_dict_post_hook(_without_private, prepend=True)
+            try:
+                return super().state_dict()
+            finally:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._drop_remainders()
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
         self._plan = None
-        self._versions = {}
+        self._lock = getattr(self, "_lock", None) or _new_lock()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         self._captured = getattr(self, "_captured", [])
         checkpoints.restore(self)
+
+
+def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        group["state_dtype"] = str(group["state_dtype"])
+    for key, state in state_dict["state"].items():
+        state_dict["state"][key] = precision.to_save(state)
+
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _new_lock() -> Any:
+    """Lets one thread at a time into an optimizer, and that one again."""
+    lock = threading.RLock()
+    _locks.add(lock)
+    return lock
+
+
+def _free_locks() -> None:
+    for lock in _locks:
+        lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):  # the thread that holds a lock is not there in a child
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 # The names that torch gives them in its messages.
@@ -375,17 +404,20 @@ class Adagrad(Optimizer):
         super().add_param_group(param_group)
         group, g = self.param_groups[-1], len(self.param_groups) - 1
         names = self.rule.states(group)
+        before = dict(self.state)
         try:
             forms = [
                 precision.kept(self.rule, group, param, names, Place(group, g, i))
                 for i, param in enumerate(group["params"])
             ]
-        except ValueError:
+            for param, kept in zip(group["params"], forms, strict=True):
+                if param.is_floating_point() and param not in self.state:
+                    self.state[param] = new_states(self.rule, group, param, {}, kept).new
+        except BaseException:
             self.param_groups.pop()
+            self.state.clear()
+            self.state.update(before)
             raise
-        for param, kept in zip(group["params"], forms, strict=True):
-            if param.is_floating_point() and param not in self.state:
-                self.state[param] = new_states(self.rule, group, param, {}, kept).new
 
     def share_memory(self) -> None:
         """Moves the states to shared memory, for training by several processes."""

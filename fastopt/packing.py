@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 CODE_BLOCK = 256  # elements that share a scale
+SUM_BLOCK = 256  # elements that share a checksum
+SUM_FACTOR = 0x2C1B3C6D
 CHUNK = 8192  # elements that share a key
 SIGNED_MANTISSA, MANTISSA = 5, 4  # bits of a code with a sign, and without
 MIN_SCALE = 2.0**-120
@@ -56,6 +58,24 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
     # Not by >>, which DTensor takes for an in-place operator and leaves out.
     rounded = torch.where(x.isnan(), NAN, bits(x) + 0x8000).bitwise_right_shift(16)
     return bfloat16_from_bits(rounded)
+
+
+def checksums(param: Tensor, order: Tensor) -> Tensor:
+    """One for each block of `SUM_BLOCK` bf16 numbers: int32.
+
+    A sum of products with odd numbers: any other number in a block, and all but certainly any
+    others, would change it.
+
+    Args:
+        order: a tensor in whose memory order the numbers are taken.
+    """
+    x = param.detach().permute(memory_order(order)).reshape(-1).view(torch.int16).long() & 0xFFFF
+    eights = torch.nn.functional.pad(x, (0, -x.numel() % SUM_BLOCK)).view(-1, SUM_BLOCK // 8, 8)
+    powers = [pow(SUM_FACTOR, k, 2**32) for k in range(8)]
+    i = torch.arange(1, SUM_BLOCK // 8 + 1, device=param.device) * 0x9E3779B1 & 0xFFFFFFFF
+    factors = (i ^ i >> 16) * SUM_FACTOR & 0xFFFFFFFF | 1
+    sums = (eights * torch.tensor(powers, device=param.device)).sum(2) & 0xFFFFFFFF
+    return (sums * factors & 0xFFFFFFFF).sum(1).to(torch.int32)  # wraps
 
 
 def _unpack_remainder(param: Tensor, remainder: Tensor) -> Tensor:
@@ -221,17 +241,24 @@ class Stored:
         a: the numbers themselves, or the first array of a packing.
         packing: one of `PACKINGS`; None: plain.
         b: the second array of the packing.
+        sums: the `checksums` of ``a`` when it was packed, in the memory order of ``b``. Where they
+            are others now, somebody else wrote ``a``, and ``b`` counts as 0. None: nobody did.
     """
 
     a: Tensor
     packing: str | None = None
     b: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def arrays(self) -> list[Tensor]:
+        return [array for array in (self.a, self.b, self.sums) if array is not None]
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers in the type of the arithmetic."""
         if self.packing is None:
             return self.a.detach().to(dtype)
-        return PACKINGS[self.packing].unpack(self.a.detach(), self.b)
+        return PACKINGS[self.packing].unpack(self.a.detach(), self._valid_b())
 
     def pack_(self, x: Tensor, random: Random) -> None:
         """Stores numbers."""
@@ -244,6 +271,23 @@ class Stored:
         self.a.copy_(a)
         if self.b is not None and b is not None:
             self.b.copy_(b)
+            if self.sums is not None:
+                self.sums.copy_(checksums(self.a, self.b))
+
+    def settle_(self) -> None:
+        """Makes ``b`` 0 where it counts as 0."""
+        b = self._valid_b()
+        if self.b is not None and b is not None and self.sums is not None:
+            self.b.copy_(b)
+            self.sums.copy_(checksums(self.a, self.b))
+
+    def _valid_b(self) -> Tensor | None:
+        if self.b is None or self.sums is None:
+            return self.b
+        stands = checksums(self.a, self.b) == self.sums
+        valid = torch.empty_like(self.b)
+        in_memory_order(valid).copy_(stands.repeat_interleave(SUM_BLOCK)[: valid.numel()])
+        return valid * self.b
 
 
 def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from array import array
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import dispatch, precision, reference
 from .devices import capturing, moved
-from .items import Item, Place, find, make_states
+from .items import Item, Place, Undo, find, make_states, take_back
 from .scalars import Rows
 
 if TYPE_CHECKING:
@@ -52,9 +53,18 @@ class Part:
                 "a step that becomes part of a CUDA graph needs capturable=True, so that the GPU "
                 "computes its scalars at each replay"
             )
-        odd_grads = [self.params[i].grad for i in self.tensors.odd]
         grads = native.grads(self.number)
+        odd_grads = [self._odd_grad(i, array("q", grads)[i]) for i in self.tensors.odd]
         self.tensors.begin(native.pattern(), grads, odd_grads, scalars, n_rows, row_of)
+
+    def _odd_grad(self, i: int, address: int) -> Tensor | None:
+        grad = self.params[i].grad
+        if (self.kernels.NO_GRAD if grad is None else grad.data_ptr()) != address:
+            raise RuntimeError(
+                "another thread replaced a gradient while the optimizer began a step: nothing was "
+                "changed"
+            )
+        return grad
 
     @property
     def is_captured(self) -> bool:
@@ -68,11 +78,14 @@ class Plan:
     Making one validates every tensor and makes the missing states: slow, and in Python. `holds`
     tells, in C++ and fast, whether it is good for another step, with the gradients there are then.
 
+    Args:
+        undo: gets what takes the states back that are made.
+
     Raises:
-        RuntimeError, ValueError: something cannot be updated; nothing was changed.
+        RuntimeError, ValueError: something cannot be updated.
     """
 
-    def __init__(self, optimizer: Optimizer, rows: Rows) -> None:
+    def __init__(self, optimizer: Optimizer, rows: Rows, undo: Undo) -> None:
         self.rule = optimizer.rule
         self.groups = optimizer.param_groups
         self.state = optimizer.state
@@ -94,8 +107,7 @@ class Plan:
         ]
         items = [item for *_, item in params if item is not None]
         self.norm_options = norm_options([param for _, param, _ in params])
-        #: Until the first step is made: what the state had for the parameters that lacked some.
-        self.before = make_states(optimizer, items, self.on_device)
+        make_states(optimizer, items, self.on_device, undo)
         self.others = [
             item for item in items if item.backend == "reference" and item.grad is not None
         ]
@@ -116,6 +128,8 @@ class Plan:
         self.is_captured = any(part.is_captured for part in self.parts)
         #: Whether anything is updated outside of `parts`.
         self.on_host = any(id(item) not in part_of for item in items) or not self.parts
+        #: Whether a gradient is not where C++ looks for it.
+        self.hides_grads = any(dispatch.hides_grad(param) for _, param, _ in params)
         self.native: Any = None  # there if `parts` are
         if extension := dispatch.extension():
             self.native = extension.Plan(
@@ -140,13 +154,14 @@ class Plan:
     @property
     def reusable(self) -> bool:
         """Whether `holds` may be asked. If not, the plan keeps gradients alive: drop it."""
-        return self.native is not None and not self.others and not self.is_captured
+        return not (self.native is None or self.others or self.is_captured or self.hides_grads)
 
     def holds(self, optimizer: Optimizer, rows: Rows) -> bool:
         """Whether nothing has changed since the plan was made, except where the gradients are and
         which of them are None."""
         return (
             self.native is not None
+            and not dispatch.is_faking()
             and self.backend == optimizer.backend
             and self.groups is optimizer.param_groups
             and self.state is optimizer.state
@@ -156,16 +171,19 @@ class Plan:
             and self.native.refresh(torch.get_num_threads() if self.on_host else 1)
         )
 
-    def run(self, optimizer: Optimizer, rows: Rows) -> None:
-        """Makes the step, and sets ``optimizer.grad_norm``."""
-        try:
-            self._run(optimizer, rows)
-        except BaseException:
-            if self.native is not None:
-                self.native.release()  # the gradients, which a step that is made has done with
-            raise
+    def run(self, optimizer: Optimizer, rows: Rows, undo: Undo) -> None:
+        """Makes the step, and sets ``optimizer.grad_norm``.
 
-    def _run(self, optimizer: Optimizer, rows: Rows) -> None:
+        Args:
+            undo: empty after the last change, and only then.
+        """
+        try:
+            self._run(optimizer, rows, undo)
+        finally:
+            if self.native is not None:
+                self.native.release()
+
+    def _run(self, optimizer: Optimizer, rows: Rows, undo: Undo) -> None:
         # All that may raise comes before any change.
         cohorts = [] if self.native is None else self.native.cohorts()
         scalars = array("d")
@@ -198,60 +216,47 @@ class Plan:
             skips = not math.isfinite(total)
             findings[torch.device("cpu")] = torch.full((), float(skips), device="cpu")
         norm = total * rows.inv_scale if clips and total is not None else None
-        optimizer.grad_norm = None
+        host_norm = None if norm is None else torch.full((), norm, **self.norm_options)
         if skips:
-            if norm is not None:
-                optimizer.grad_norm = torch.full((), norm, **self.norm_options)
-            self._skip(optimizer)
+            take_back(undo)
+            optimizer.grad_norm = host_norm
             return
-        self.before = []
+        self._update_others(rows, norm, undo)
         if not clips and not self.on_device:
             partials = [None] * len(self.parts)
+        norms = {}
         for part, of_norm in zip(self.parts, partials, strict=True):
             scaling = rows.scaling.to(part.device) if self.on_device else ()
             if not self.on_device and of_norm is not None and rows.inv_scale != 1:
                 of_norm = of_norm * rows.inv_scale**2
             of_part = part.tensors.update(of_norm, self.norm_options["dtype"], *scaling)
-            if clips and (
-                optimizer.grad_norm is None or part.device == self.norm_options["device"]
-            ):
-                optimizer.grad_norm = of_part
-        if self.on_host:
-            self._run_on_host(optimizer, rows, cohorts, norm)
-        else:
-            self.native.update([], 1)  # only counts
+            if clips:
+                norms[part.device] = of_part
+        native_rows = [
+            (*rows.driver(group, norm, step), *rows.scalars(group, step))
+            for group, step in (cohorts if self.on_host else [])
+        ]
+        # Last, and in one call, which no interrupt can divide: with this the step is made.
+        if self.native is None:
+            undo.clear()
+        else:  # counts the steps of `parts` too
+            threads = torch.get_num_threads() if self.on_host else 1
+            self.native.update(native_rows, threads, undo)
+        of_parts = norms.get(self.norm_options["device"], next(iter(norms.values()), None))
+        optimizer.grad_norm = host_norm if of_parts is None else of_parts
 
-    def _skip(self, optimizer: Optimizer) -> None:
-        """Leaves all as it was before this step."""
-        if self.native is not None:
-            self.native.release()
-        for param, state in self.before:
-            if state is None:
-                optimizer.state.pop(param, None)  # it may stand twice in its group
-            else:
-                optimizer.state[param].clear()
-                optimizer.state[param].update(state)
-        self.before = []
-
-    def _run_on_host(
-        self,
-        optimizer: Optimizer,
-        rows: Rows,
-        cohorts: list[tuple[int, float]],
-        norm: float | None,
-    ) -> None:
-        if norm is not None and optimizer.grad_norm is None:
-            optimizer.grad_norm = torch.full((), norm, **self.norm_options)
-        if self.native is not None:
-            native_rows = [
-                (*rows.driver(group, norm, step), *rows.scalars(group, step))
-                for group, step in cohorts
-            ]
-            self.native.update(native_rows, torch.get_num_threads())
+    def _update_others(self, rows: Rows, norm: float | None, undo: Undo) -> None:
+        """Updates what the reference takes; until the step is made, with a copy of all of it."""
         for item in self.others:
             step = self._next_step(item)
-            assert item.grad is not None
             param, *states = item.stored
+            written = [array for stored in item.stored for array in stored.arrays]
+            if "step" in item.state:
+                written.append(item.state["step"])
+            undo.append(
+                functools.partial(_copy, [tensor.detach().clone() for tensor in written], written)
+            )
+            assert item.grad is not None
             reference.update_(
                 self.rule.update,
                 param,
@@ -294,10 +299,11 @@ class Plan:
             total += float(reference.power_sum(grads, 2))
         return total
 
-    def versions(self) -> dict[Tensor, int]:
-        """The versions of parameters that have a remainder, as this plan left or expects them."""
-        found = {item.param: item.param._version for item in self.others if item.is_watched}
-        return found if self.native is None else {**dict(self.native.versions()), **found}
+
+@torch.no_grad()
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _settings(optimizer: Optimizer) -> list[Any]:

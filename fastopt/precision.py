@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .packing import PACKINGS, Stored, bits, memory_order, param_of
+from .packing import PACKINGS, SUM_BLOCK, Stored, bits, checksums, memory_order, param_of
 from .reference import arithmetic_dtype
 from .rules import Group, Rule
 
@@ -42,6 +43,7 @@ class Kept(NamedTuple):
             param if self.a is None else state[self.a],
             self.packing,
             None if self.b is None else state[self.b],
+            None if self.b is None else _sums(param, state[self.b]),
         )
 
 
@@ -189,6 +191,7 @@ def are_there(param: Tensor, state: State, forms: list[Kept]) -> bool:
             dispatch.fits(param, state[key], shape, dtypes)
             for key, (shape, dtypes) in _specs(form, param).items()
         )
+        and (form is not _SPLIT or _sums(param, state["param_remainder"]) is not None)
         for form in forms
     )
 
@@ -219,7 +222,25 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
         elif not _is_there(form, state):
             made.new.update(_initial(form, param, rule.initial(group)))
             made = made._replace(fresh=made.fresh or bool(form.numbers))
+        if form is _SPLIT and form.b is not None:
+            remainder = made.new[form.b] if form.b in made.new else state[form.b]
+            if _sums(param, remainder) is None:
+                # Not an entry of its own: state dicts, which may be resharded, are without it.
+                remainder._checksums = checksums(param, param)
     return made
+
+
+def settle(param: Tensor, state: Any) -> None:
+    """Makes a remainder 0 where it belongs to what the parameter was before somebody wrote it."""
+    if isinstance(state, dict) and are_there(param, state, [_SPLIT]):
+        _SPLIT.stored(param, state).settle_()
+
+
+def to_save(state: Any) -> Any:
+    """A parameter's state without what is not saved."""
+    if not isinstance(state, dict) or "param_remainder" not in state:
+        return state
+    return {**state, "param_remainder": state["param_remainder"].detach()}
 
 
 def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
@@ -335,6 +356,13 @@ def _other_forms(rule: Rule, form: Kept, param: Tensor) -> list[Kept]:
 
 def _is_there(form: Kept, state: State) -> bool:
     return all(state.get(key) is not None for key in form.keys)
+
+
+def _sums(param: Tensor, remainder: Tensor) -> Tensor | None:
+    """A remainder's `Stored.sums`; None where it has none that fit the parameter."""
+    sums = getattr(remainder, "_checksums", None)
+    shape = (math.ceil(param.numel() / SUM_BLOCK),)
+    return sums if dispatch.fits(param, sums, shape, (torch.int32,)) else None
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:

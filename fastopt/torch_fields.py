@@ -3,14 +3,21 @@
 Torch's own interfaces tell where a tensor is, but a step of many small tensors would spend nearly
 all of its time in them. So the offsets are found once per process, by looking for what is known of
 a few tensors in the bytes of these. A field counts only if there is one place for it that is right
-for all of them; where any has none, torch is asked at every step, in Python.
+for all of them, and for others that were not searched; where any has none, torch is asked at every
+step, in Python.
+
+Torch's objects differ in size between its versions, and torch does not tell the size. But each
+object is an allocation of its own, and the allocator tells how many bytes of that may be read: at
+least the object's. The few bytes behind the object are never taken for a field, because they do not
+follow what is known of each tensor. An address is followed only if torch returned it, or if it has
+been found in the object that keeps it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-TENSOR_BYTES = 176  # of a c10::TensorImpl
-STORAGE_BYTES = 64  # of a c10::StorageImpl; it has more
-VERSION_BYTES = 24  # of the counter of versions
 WORD = 8
 INLINE = 5  # sizes of more dimensions are kept elsewhere
 
@@ -45,10 +49,11 @@ class Fields(NamedTuple):
         dim: the number of dimensions.
         sizes: `INLINE` sizes, then as many strides; of more dimensions, the address of both.
         storage_offset: in elements.
-        dtype: a number of 16 bits.
+        dtype: a number of 16 bits; behind it the device, two of 8 bits.
         keys: the set of dispatch keys, 64 bits, which tells layout, kind of device, lazy negation
             and subclasses that intercept operators.
-        data: in a StorageImpl: the address of the memory.
+        data: in a StorageImpl: the address of the memory; then who frees it, and of what.
+        nbytes: in a StorageImpl: the size of the memory.
         grad: in what autograd knows: the address of the gradient's TensorImpl.
         number: in the counter of versions: the version, 32 bits.
         undefined: the address of the TensorImpl that stands for no gradient.
@@ -65,6 +70,7 @@ class Fields(NamedTuple):
     dtype: int
     keys: int
     data: int
+    nbytes: int
     grad: int
     number: int
     undefined: int
@@ -79,8 +85,12 @@ class Functions(NamedTuple):
     destroy: int
 
 
+# Values that are right; one for each of some fields that tell of each other.
+Choices = set[tuple[int, ...]]
+
+
 class NotFoundError(Exception):
-    """A field has no place, or more than one."""
+    """A field has no value that is right, or more than one."""
 
 
 def find() -> tuple[Fields, Functions] | None:
@@ -91,47 +101,33 @@ def find() -> tuple[Fields, Functions] | None:
         addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
         # Whatever the mode is that the process is in now.
         with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
-            return _find(), Functions(*addresses)
+            fields = _search(_probes())
+            _verify(fields, _others())
+            return fields, Functions(*addresses)
     except Exception:  # whatever another version may raise
         return None
 
 
-def _find() -> Fields:
-    tensors = _probes()
-    impls = [_bytes(tensor._cdata, TENSOR_BYTES) for tensor in tensors]
-    keys = [torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors]
+def _search(tensors: Sequence[Tensor]) -> Fields:
+    """The fields for which one value, and no other, is right for all tensors."""
+    common: dict[tuple[str, ...], Choices] = {}
+    for tensor in tensors:
+        for names, values in _values(tensor).items():
+            common[names] = common.get(names, values) & values
+    found: dict[str, int] = {}
+    for names, values in common.items():
+        if len(values) != 1:
+            raise NotFoundError(names)
+        found.update(zip(names, *values, strict=True))
+    return Fields(**found)
 
-    def field(code: str, value: Callable[[Tensor], Any]) -> int:
-        """The offset of a field of the TensorImpl."""
-        return _offset(impls, [struct.pack(code, value(tensor)) for tensor in tensors])
 
-    objects = [_bytes(id(tensor), type(tensor).__basicsize__) for tensor in tensors]
-    impl = _offset(objects, [struct.pack("Q", tensor._cdata) for tensor in tensors])
-    storage = field("Q", lambda tensor: tensor.untyped_storage()._cdata)
-    storages = [_bytes(tensor.untyped_storage()._cdata, STORAGE_BYTES) for tensor in tensors]
-    addresses = [struct.pack("Q", tensor.untyped_storage().data_ptr()) for tensor in tensors]
-    # The memory's address stands a second time there, for whoever frees it.
-    data = min(_offsets(storages, addresses), default=-1)
-    if data < 0 or bytes(WORD) in addresses:
-        raise NotFoundError
-    autograd_meta, grad, undefined = _autograd(tensors, impls)
-    version, number = _version(tensors, impl)
-    return Fields(
-        impl=impl,
-        storage=storage,
-        autograd_meta=autograd_meta,
-        version=version,
-        dim=field("Q", Tensor.dim),
-        sizes=_sizes(tensors, impls),
-        storage_offset=field("Q", Tensor.storage_offset),
-        dtype=field("H", lambda tensor: SCALAR_TYPES[tensor.dtype]),
-        keys=_offset(impls, [struct.pack("Q", key) for key in keys]),
-        data=data,
-        grad=grad,
-        number=number,
-        undefined=undefined,
-        plain_keys=keys[-1],
-    )
+def _verify(fields: Fields, tensors: Sequence[Tensor]) -> None:
+    """Raises where a field is not right for each of the tensors."""
+    for tensor in tensors:
+        for names, values in _values(tensor).items():
+            if tuple(getattr(fields, name) for name in names) not in values:
+                raise NotFoundError(names)
 
 
 def _probes() -> list[Tensor]:
@@ -159,97 +155,118 @@ def _probes() -> list[Tensor]:
     ]
 
 
-def _bytes(address: int, count: int) -> bytes:
-    return ctypes.string_at(address, count)
+def _others() -> list[Tensor]:
+    """Tensors as a step meets them."""
+    param = torch.nn.Parameter(torch.zeros(6, 8, dtype=torch.bfloat16, device="cpu"))
+    param.grad = torch.ones(8, 6, dtype=torch.bfloat16, device="cpu").t()
+    for _ in range(9):
+        param.detach().add_(1)
+    frozen = torch.nn.Parameter(torch.zeros((), dtype=torch.float64, device="cpu"))
+    state = torch.zeros(2, 1, 3, 1, 2, 5, device="cpu")[1:]
+    return [param, param.grad, frozen, param.detach()[2:, 3:], state, state.half()]
+
+
+def _values(tensor: Tensor) -> dict[tuple[str, ...], Choices]:
+    """What a tensor's bytes allow of the fields."""
+    python_object = ctypes.string_at(id(tensor), type(tensor).__basicsize__)
+    (impl,) = _where(python_object, "Q", tensor._cdata)
+    memory = _allocation(tensor._cdata)
+    storage = tensor.untyped_storage()
+    keys = torch._C._dispatch_keys(tensor).raw_repr()
+    found = {
+        "impl": {impl},
+        "storage": _where(memory, "Q", storage._cdata),
+        "dim": _where(memory, "Q", tensor.dim()),
+        "sizes": _sizes(tensor, impl, memory),
+        "storage_offset": _where(memory, "Q", int(tensor.storage_offset())),
+        "dtype": _where(memory, "Hbb", SCALAR_TYPES[tensor.dtype], 0, -1),  # 0, -1: the CPU
+        "keys": _where(memory, "Q", keys),
+    }
+    if not found["storage"]:
+        raise NotFoundError("storage")
+    storage_memory = _allocation(storage._cdata)
+    data = _where(storage_memory, "Q", storage.data_ptr())
+    found["data"] = {offset for offset in data if offset + 2 * WORD in data}
+    found["nbytes"] = _where(storage_memory, "Q", storage.nbytes())
+    if not tensor.is_neg():
+        found["plain_keys"] = {keys}
+    autograd, word = _autograd(tensor, memory)
+    if tensor.grad is None:
+        found["undefined"] = {word}
+    elif tensor.grad._cdata != word:
+        raise NotFoundError("grad")
+    return {
+        **{(name,): {(value,) for value in values} for name, values in found.items()},
+        ("autograd_meta", "grad"): autograd,
+        ("version", "number"): _version(tensor, impl),
+    }
+
+
+def _sizes(tensor: Tensor, impl: int, memory: bytes) -> set[int]:
+    addresses = ctypes.c_void_p(), ctypes.c_void_p()
+    for name, address in zip(("sizes", "strides"), addresses, strict=True):
+        get = _function("libtorch_cpu.so", f"aoti_torch_get_{name}")
+        get.argtypes, get.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int
+        if get(id(tensor) + impl, ctypes.byref(address)):  # which is the at::Tensor's address
+            raise NotFoundError(name)
+    sizes, strides = (address.value or 0 for address in addresses)
+    if strides - sizes != max(tensor.dim(), INLINE) * WORD:
+        return set()
+    if tensor.dim() > INLINE:
+        return _where(memory, "Q", sizes)
+    offset = sizes - tensor._cdata
+    return {offset} if 0 < offset <= len(memory) - 2 * INLINE * WORD else set()
+
+
+def _autograd(tensor: Tensor, memory: bytes) -> tuple[Choices, int]:
+    """Offsets of what autograd knows, and of the gradient in that; and what stands there."""
+    # TensorImpl::grad() const
+    place = _function("libc10.so", "_ZNK3c1010TensorImpl4gradEv")(tensor._cdata)
+    known = tensor.requires_grad or tensor._is_view()
+    offsets: Choices = {
+        (at, grad)
+        for grad in range(WORD, 256, WORD)
+        for at in _where(memory, "Q", place - grad if known else 0)
+    }
+    return offsets, _word(place)
+
+
+def _version(tensor: Tensor, impl: int) -> Choices:
+    """Offsets of the address of the counter of versions, and of the number in that."""
+
+    def place(tensor: Tensor) -> int:
+        # torch::autograd::impl::version_counter(at::Tensor const&)
+        name = "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE"
+        return int(_function("libtorch_cpu.so", name)(id(tensor) + impl))
+
+    # What stands there is an address, not the number itself: tensors that share a counter have the
+    # same, and others of the same version have another.
+    one, other = torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
+    shared = one.detach()
+    if _word(place(one)) != _word(place(shared)) or _word(place(one)) == _word(place(other)):
+        raise NotFoundError("version")
+    offset = place(tensor) - tensor._cdata
+    counter = _allocation(_word(place(tensor)))
+    return {(offset, number) for number in _where(counter, "I", tensor._version)}
+
+
+def _where(memory: bytes, code: str, *values: int) -> set[int]:
+    """The offsets of packed values."""
+    value = struct.pack(code, *values)
+    size = len(value)
+    return {at for at in range(0, len(memory) - size + 1, size) if memory[at : at + size] == value}
 
 
 def _word(address: int) -> int:
-    (word,) = struct.unpack("Q", _bytes(address, WORD))
+    (word,) = struct.unpack("Q", ctypes.string_at(address, WORD))
     return int(word)
 
 
-def _offsets(memories: Sequence[bytes], values: Sequence[bytes]) -> list[int]:
-    """Where each memory has its value."""
-    size = len(values[0])
-    return [
-        offset
-        for offset in range(0, len(memories[0]) - size + 1, size)
-        if all(
-            memory[offset : offset + size] == value
-            for memory, value in zip(memories, values, strict=True)
-        )
-    ]
-
-
-def _offset(memories: Sequence[bytes], values: Sequence[bytes]) -> int:
-    found = _offsets(memories, values)
-    if len(found) != 1:
-        raise NotFoundError
-    return found[0]
-
-
-def _sizes(tensors: Sequence[Tensor], impls: Sequence[bytes]) -> int:
-    def packed(tensor: Tensor) -> bytes:
-        return struct.pack(f"{2 * tensor.dim()}Q", *tensor.shape, *tensor.stride())
-
-    def kept(impl: bytes, offset: int, dim: int) -> bytes:
-        if dim > INLINE:
-            (address,) = struct.unpack_from("Q", impl, offset)
-            return _bytes(address, 2 * dim * WORD)
-        strides = offset + INLINE * WORD
-        return impl[offset : offset + dim * WORD] + impl[strides : strides + dim * WORD]
-
-    few = [(t, i) for t, i in zip(tensors, impls, strict=True) if t.dim() <= INLINE]
-    offsets = [
-        offset
-        for offset in range(0, TENSOR_BYTES - 2 * INLINE * WORD + 1, WORD)
-        if all(kept(impl, offset, tensor.dim()) == packed(tensor) for tensor, impl in few)
-    ]
-    if len(offsets) != 1:
-        raise NotFoundError
-    # Only now an address that stands there is one.
-    for tensor, impl in zip(tensors, impls, strict=True):
-        if kept(impl, offsets[0], tensor.dim()) != packed(tensor):
-            raise NotFoundError
-    return offsets[0]
-
-
-def _autograd(tensors: Sequence[Tensor], impls: Sequence[bytes]) -> tuple[int, int, int]:
-    """Offsets of what autograd knows, and of the gradient in that; and what stands for none."""
-    function = _function("libc10.so", "_ZNK3c1010TensorImpl4gradEv")  # TensorImpl::grad() const
-    known = [tensor.requires_grad or tensor._is_view() for tensor in tensors]
-    places = [function(tensor._cdata) for tensor in tensors]
-    found = []
-    for offset in range(0, TENSOR_BYTES, WORD):
-        metas = [struct.unpack_from("Q", memory, offset)[0] for memory in impls]
-        distances = {place - meta for place, meta, k in zip(places, metas, known, strict=True) if k}
-        others = {meta for meta, k in zip(metas, known, strict=True) if not k}
-        if others == {0} and len(distances) == 1 and 0 < min(distances) < 256:
-            found.append((offset, distances.pop()))
-    grads = [tensor.grad for tensor in tensors if tensor.is_leaf]
-    there = [_word(place) for place, tensor in zip(places, tensors, strict=True) if tensor.is_leaf]
-    nothing = {word for word, grad in zip(there, grads, strict=True) if grad is None}
-    agree = all(
-        grad is None or grad._cdata == word for word, grad in zip(there, grads, strict=True)
-    )
-    if len(found) != 1 or len(nothing) != 1 or not agree:
-        raise NotFoundError
-    return (*found[0], nothing.pop())
-
-
-def _version(tensors: Sequence[Tensor], impl: int) -> tuple[int, int]:
-    """Offsets of the address of the counter of versions, and of the number in that."""
-    # torch::autograd::impl::version_counter(at::Tensor const&). A Python tensor has an at::Tensor.
-    function = _function(
-        "libtorch_cpu.so", "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE"
-    )
-    places = [function(id(tensor) + impl) for tensor in tensors]
-    offsets = {place - tensor._cdata for place, tensor in zip(places, tensors, strict=True)}
-    if len(offsets) != 1 or not 0 < min(offsets) <= TENSOR_BYTES - WORD:
-        raise NotFoundError
-    counters = [_bytes(_word(place), VERSION_BYTES) for place in places]
-    number = _offset(counters, [struct.pack("I", tensor._version) for tensor in tensors])
-    return offsets.pop(), number
+def _allocation(address: int) -> bytes:
+    """All that may be read of an object, which begins there."""
+    usable = ctypes.CDLL(None).malloc_usable_size  # of the allocator that the process has
+    usable.argtypes, usable.restype = [ctypes.c_void_p], ctypes.c_size_t
+    return ctypes.string_at(address, usable(address))
 
 
 def _function(library: str, name: str) -> Any:

@@ -117,6 +117,7 @@ class MultiTensor:
                 target.group,
                 0 if target.step is None else target.step.data_ptr(),
                 target.number,
+                0 if (sums := target.stored[0].sums) is None else sums.data_ptr(),
                 *chain.from_iterable(
                     (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
                     for a, stored in zip(arrays, target.stored, strict=True)

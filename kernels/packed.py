@@ -1,7 +1,8 @@
 """Numbers that are kept in two arrays: the functions of ``fastopt/packing.py``, with the same bits.
 
 ``unpack`` makes numbers of BLOCK elements from `begin` on, up to `left`, of the arrays at the
-addresses `a` and `b`; ``pack`` stores them again. `left` is None if they are all there; PACKING is
+addresses `a` and `b`, and of a remainder's checksums at `sums`; ``pack`` stores them again. `left`
+is None if they are all there; PACKING is
 None for what is kept plainly, in the array `a` alone.
 """
 
@@ -11,10 +12,11 @@ import triton.language as tl
 from .dtypes import bits, from_bits, load, store
 from .tables import BLOCK
 
-CODE_BLOCK = tl.constexpr(256)  # elements that share a scale
+CODE_BLOCK = tl.constexpr(256)  # elements that share a scale, or a checksum
 SIGNED_MANTISSA = tl.constexpr(5)  # bits of a code with a sign
 MANTISSA = tl.constexpr(4)  # of one without
 MIN_SCALE = tl.constexpr(2.0**-120)
+FACTOR = tl.constexpr(0x2C1B3C6D)  # of checksums
 NAN = tl.constexpr(0x7FC00000)  # the bits of one
 ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 
@@ -51,9 +53,24 @@ def scales_at(begin):
 
 
 @triton.jit
+def checksums(bits):
+    """Those of the bits of BLOCK elements. Summed by eights first, which one thread has."""
+    at = tl.arange(0, BLOCK).to(tl.uint32)
+    powers = tl.where(at & 1 != 0, FACTOR, 1)
+    powers *= tl.where(at & 2 != 0, FACTOR * FACTOR & 0xFFFFFFFF, 1)
+    powers *= tl.where(at & 4 != 0, FACTOR * FACTOR * FACTOR * FACTOR & 0xFFFFFFFF, 1)
+    products = (bits.to(tl.uint32) * powers).to(tl.int32, bitcast=True)
+    eights = tl.sum(tl.reshape(products, (BLOCK // CODE_BLOCK, CODE_BLOCK // 8, 8)), 2)
+    x = (tl.arange(0, CODE_BLOCK // 8) + 1).to(tl.uint32) * 0x9E3779B1
+    factors = ((x ^ (x >> 16)) * FACTOR | 1).to(tl.int32, bitcast=True)
+    return tl.sum(eights * tl.expand_dims(factors, 0), 1)
+
+
+@triton.jit
 def unpack(
     a,
     b,
+    sums,
     begin,
     left,
     PACKING: tl.constexpr,
@@ -66,6 +83,13 @@ def unpack(
     if PACKING == "remainder":
         value = load(a, at, mask, tl.bfloat16, COMPUTE, ALIGNED)
         remainder = load(b, at, mask, tl.int16, tl.int32, ALIGNED)
+        scales = scales_at(begin)
+        known = None if left is None else scales * CODE_BLOCK < left
+        expected = load(sums, scales, known, tl.int32, tl.int32, False)
+        # Else somebody else wrote the parameter, and the remainder is out of date.
+        stands = checksums(bits(value) >> 16) == expected
+        remainder = tl.where(tl.expand_dims(stands, 1), in_code_blocks(remainder), 0)
+        remainder = tl.reshape(remainder, (BLOCK,))
         master = from_bits(bits(value) + remainder.to(tl.uint32, bitcast=True))
         return tl.where(master != master, value, master)
     elif PACKING == "master":
@@ -94,6 +118,7 @@ def unpack(
 def pack(
     a,
     b,
+    sums,
     begin,
     left,
     x,
@@ -105,8 +130,19 @@ def pack(
     at = begin + tl.arange(0, BLOCK)
     mask = None if left is None else at < left
     if PACKING == "remainder":
-        store(a, at, mask, nearest_away(x), tl.uint16, ALIGNED)
+        upper = nearest_away(x)
+        store(a, at, mask, upper, tl.uint16, ALIGNED)
         store(b, at, mask, tl.where(x != x, 0, bits(x)).to(tl.uint16), tl.uint16, ALIGNED)
+        if mask is not None:
+            upper = tl.where(mask, upper, 0)
+        # By the thread that has a block's first element, from where the sums are.
+        of_blocks = tl.expand_dims(checksums(upper), 1).broadcast_to(
+            BLOCK // CODE_BLOCK, CODE_BLOCK
+        )
+        of_blocks = tl.reshape(of_blocks, (BLOCK,))
+        first = at % CODE_BLOCK == 0
+        known = first if mask is None else first & mask
+        store(sums, at // CODE_BLOCK, known, of_blocks, tl.int32, False)
     elif PACKING == "master":
         store(a, at, mask, rounded(x, DTYPE), tl.uint16, ALIGNED)
         store(b, at, mask, x, tl.float32, ALIGNED)

@@ -4,8 +4,8 @@ What a launch does is a list of chunks, one for each program. Doubles stand in t
 bit.
 
 Tensors: [PARAM + 2 * (1 + states), tensors]; a column has a tensor's number of elements, its param
-group, the address of its step, its number in the optimizer, and the addresses of both arrays (see
-`packed`) of itself and of each state.
+group, the address of its step, its number in the optimizer, the address of its checksums, and the
+addresses of both arrays (see `packed`) of itself and of each state.
 Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor without
 clipping and max_norm, from which `norm.clip` computes the first, seed and step of random numbers,
 and what the rule takes.
@@ -21,7 +21,7 @@ BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a 
 THREADS = tl.constexpr(128)  # of a program
 
 # Rows of the table of tensors. Those of the states follow.
-NUMEL, GROUP, STEP, NUMBER, PARAM = (tl.constexpr(i) for i in range(5))
+NUMEL, GROUP, STEP, NUMBER, SUMS, PARAM = (tl.constexpr(i) for i in range(6))
 # Columns of the table of scalars, and of that of settings. Those of the rule follow.
 COEF, CLIP_VALUE, SIGN, MAX_NORM, SEED, COUNT, OWN = (tl.constexpr(i) for i in range(7))
 

@@ -20,6 +20,7 @@ from .tables import (
     SEED,
     SIGN,
     STEP,
+    SUMS,
     THREADS,
     as_double,
     as_word,
@@ -40,6 +41,7 @@ def b_bytes(elements, PACKING: tl.constexpr):
 def update_blocks(
     addresses,
     beside,
+    sums,
     left,
     coef,
     clip_value,
@@ -57,6 +59,7 @@ def update_blocks(
     Args:
         addresses: of parameter, gradient and states.
         beside: of the second arrays of their packings.
+        sums: of the checksums of a remainder's parameter.
         key: of random numbers.
         FULL: all addresses are multiples of 16 bytes, too.
     """
@@ -65,7 +68,7 @@ def update_blocks(
         x = ()
         for i in tl.static_range(len(DTYPES)):
             a, b = addresses[i], beside[i]
-            x = x + (unpack(a, b, begin, end, PACKINGS[i], DTYPES[i], COMPUTE, FULL),)
+            x = x + (unpack(a, b, sums, begin, end, PACKINGS[i], DTYPES[i], COMPUTE, FULL),)
         g = x[1] * coef
         g = tl.where(g > clip_value, clip_value, tl.where(g < -clip_value, -clip_value, g))
         if GAP is None:
@@ -75,7 +78,8 @@ def update_blocks(
         for i in tl.static_range(len(DTYPES)):
             a, b = addresses[i], beside[i]
             if i != 1:  # all but the gradient
-                pack(a, b, begin, end, new[i - (i > 1)], key, PACKINGS[i], DTYPES[i], FULL)
+                x_i = new[i - (i > 1)]
+                pack(a, b, sums, begin, end, x_i, key, PACKINGS[i], DTYPES[i], FULL)
 
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
@@ -110,6 +114,9 @@ def update(
             if PACKINGS[i] == "remainder" or PACKINGS[i] == "master":
                 bits = bits | other
         beside = beside + (other,)
+    sums = begin * 0
+    if PACKINGS[0] == "remainder":
+        sums = tl.load(tensors + SUMS * n + tensor) + begin // CODE_BLOCK * 4
     scalars += tl.load(row_of + tensor) * (OWN + N_SCALARS)
     coef = as_double(tl.load(scalars + COEF)).to(COMPUTE)
     clip_value = as_double(tl.load(scalars + CLIP_VALUE)).to(COMPUTE)
@@ -122,10 +129,10 @@ def update(
     left = tl.where(clip_value < 0, 0, left)
     # fmt: off
     if (left >= CHUNK) & (bits % 16 == 0):
-        update_blocks(addresses, beside, left, coef, clip_value, own, key,
+        update_blocks(addresses, beside, sums, left, coef, clip_value, own, key,
                       RULE, GAP, DTYPES, PACKINGS, COMPUTE, True)
     else:
-        update_blocks(addresses, beside, left, coef, clip_value, own, key,
+        update_blocks(addresses, beside, sums, left, coef, clip_value, own, key,
                       RULE, GAP, DTYPES, PACKINGS, COMPUTE, False)
     # fmt: on
 

@@ -94,11 +94,14 @@ def accesses_of_a_block(kind, dtypes, bits=None):
 
 
 def without_scales(counts, case, in_tail):
-    """Those of 8-bit states, which are beside the codes and of 32 bits. In a tail other things are
-    too, so that only the codes' are left there."""
-    if "8bit" not in case.storage:
+    """Scales of 8-bit states and checksums of remainders are of 32 bits. In a tail other things are
+    too, so that only the codes, or parameter and remainder, are left there."""
+    if "8bit" not in case.storage and "bf16+16" not in case.storage:
         return counts
-    return Counter({a: n for a, n in counts.items() if (a.bits == 8 if in_tail else a.bits != 32)})
+    bits = 8 if "8bit" in case.storage else 16
+    return Counter(
+        {a: n for a, n in counts.items() if (a.bits == bits if in_tail else a.bits != 32)}
+    )
 
 
 def blocks_in_a_turn(result):

@@ -154,15 +154,48 @@ def test_states_that_overlap_or_were_resized():
         optimizer.step()
 
 
-@pytest.mark.parametrize("which", ["param", "grad", "state"])
-def test_freed_storages(which):
-    param = param_with(torch.ones(8))
-    optimizer = fastopt.AdamW([param])
-    optimizer.step()
-    tensor = {"param": param, "grad": param.grad, "state": optimizer.state[param]["exp_avg"]}[which]
-    tensor.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="lost its memory|does not fit"):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("nbytes", [0, 4, 60])
+@pytest.mark.parametrize("which", ["param", "grad", "exp_avg"])
+def test_storages_resized_to_less_than_is_needed(which, nbytes, steps, backend):
+    param = torch.nn.Parameter(torch.ones(32)[8:24].view(4, 4).t())  # bytes 32 to 96
+    param.grad = torch.ones(24).as_strided((4, 4), (5, 1), 5)  # bytes 20 to 96
+    optimizer = fastopt.AdamW([param], backend=backend)
+    for _ in range(steps):
         optimizer.step()
+    state = optimizer.state[param]
+    tensor = {"param": param, "grad": param.grad, "exp_avg": state["exp_avg"]}[which]
+    tensor.untyped_storage().resize_(nbytes)
+    part = "part of its memory" if nbytes else "its memory"
+    found = rf"has lost {part} \(its storage was resized to {nbytes} bytes\)"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=found):
+            optimizer.step()
+    assert state["step"] == steps
+    tensor.untyped_storage().resize_(96)
+    optimizer.step()
+    assert state["step"] == steps + 1
+
+
+@pytest.mark.parametrize("key", ["param_remainder", "exp_avg_codes", "exp_avg_scale", "step"])
+def test_storages_of_states_resized_to_less_than_is_needed(key):
+    ones = torch.ones(600, dtype=torch.bfloat16)
+    param = param_with(ones, data=ones.clone())
+    optimizer = fastopt.AdamW([param], state_dtype="8bit")
+    optimizer.step()
+    optimizer.step()
+    optimizer.state[param][key].untyped_storage().resize_(1)
+    with pytest.raises(RuntimeError, match=f"a state '{key}' that .* lost (part of )?its memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nbytes", [0, 4])
+def test_gradients_to_clip_whose_storage_was_resized(nbytes):
+    param = param_with(torch.ones(8))
+    param.grad.untyped_storage().resize_(nbytes)
+    with pytest.raises(RuntimeError, match=f"gradient 0, of shape .* resized to {nbytes} bytes"):
+        fastopt.clip_grad_norm_([param], 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastopt
-from fastopt import dispatch, plan, rules
+from fastopt import dispatch, plan, rules, torch_fields
 
 _C = dispatch.extension()
 
@@ -133,6 +133,26 @@ def test_where_torchs_fields_are_not_found():
     assert len(fast.splitlines()) == len(fastopt.OPTIMIZERS)
     assert "False" not in fast
     assert slow == fast.replace("True", "False")
+
+
+def test_wrong_fields_of_torch_are_not_used():
+    """Each wrong in turn: steps are planned anew, and the report says so."""
+    code = (
+        "import fastopt\n"
+        "from fastopt import dispatch, torch_fields\n"
+        "search = torch_fields._search\n"
+        "for name in (*torch_fields.Fields._fields, None):\n"
+        "    wrong = lambda t: (f := search(t))._replace(**{name: getattr(f, name) + 8})\n"
+        "    torch_fields._search = wrong if name else search\n"
+        "    dispatch._load.cache_clear()\n"
+        "    print(dispatch.extension().knows_torch_fields(), fastopt.backends()['cpp'].detail)"
+    )
+    *wrong, right = run_python(code).stdout.splitlines()
+    assert len(wrong) == len(torch_fields.Fields._fields)
+    assert all(line.startswith("False CPU tensors") for line in wrong)
+    assert all("slow on many tensors" in line for line in wrong)
+    assert right.startswith("True CPU tensors")
+    assert "slow on many tensors" not in right
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

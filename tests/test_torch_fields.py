@@ -1,6 +1,7 @@
 """Where torch keeps things: what is found there, and that a plan sees whatever changes."""
 
 import math
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ def test_the_layout_is_known_here():
     assert torch_fields.find() is not None
 
 
-@pytest.mark.parametrize("name", ["_sizes", "_autograd", "_version", "_function"])
+@pytest.mark.parametrize("name", ["_search", "_verify", "_allocation", "_function"])
 def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
     def fails(*arguments):
         raise torch_fields.NotFoundError
@@ -33,7 +34,37 @@ def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
 
 def test_a_field_in_two_places_is_not_found():
     with pytest.raises(torch_fields.NotFoundError):
-        torch_fields._offset([b"abab", b"cdcd"], [b"ab", b"cd"])
+        torch_fields._search([torch.zeros(1)])  # 1 is its size, its stride and what not
+
+
+@pytest.mark.parametrize("error", [8, -8, 1 << 20])
+@pytest.mark.parametrize("name", torch_fields.Fields._fields)
+def test_a_wrong_field_is_noticed(monkeypatch, name: str, error: int):
+    search = torch_fields._search
+
+    def wrong(tensors: list[Tensor]) -> torch_fields.Fields:
+        found = search(tensors)
+        return found._replace(**{name: getattr(found, name) + error})
+
+    monkeypatch.setattr(torch_fields, "_search", wrong)
+    assert torch_fields.find() is None
+
+
+def test_what_lies_behind_an_object_is_no_field(monkeypatch):
+    """As large as an object may be, for all that the allocator tells."""
+    allocation, found = torch_fields._allocation, torch_fields.find()
+    assert found is not None
+    monkeypatch.setattr(
+        torch_fields, "_allocation", lambda address: allocation(address) + os.urandom(64)
+    )
+    assert torch_fields.find() == found
+
+
+def test_only_what_was_allocated_is_read(monkeypatch):
+    """Smaller objects than any torch has: fields that do not fit into them are not found."""
+    allocation = torch_fields._allocation
+    monkeypatch.setattr(torch_fields, "_allocation", lambda address: allocation(address)[:48])
+    assert torch_fields.find() is None
 
 
 @pytest.mark.parametrize(
@@ -227,26 +258,23 @@ def test_plans_hold_with_fresh_gradients_of_any_rank():
         assert optimizer._plan is plan, number
 
 
-@pytest.mark.parametrize("n", [4, 10_000], ids=["short", "long"])
-def test_gradients_replaced_between_looking_and_updating(n: int):
-    """As another thread may: what was found is used or nothing is."""
-    param = torch.ones(n, requires_grad=True)
+def test_gradients_replaced_between_looking_and_updating():
+    """As another thread may: those that were found are used, and kept alive."""
+    param = torch.ones(4, requires_grad=True)
     optimizer = fastopt.SGD([param], lr=1.0)
     for _ in range(2):
-        param.grad = torch.ones(n)
+        param.grad = torch.ones(4)
         optimizer.step()
     native = optimizer._plan.native
     assert native.refresh(1)
-    rows = [(1.0, float("inf"), 0.0, 3.0, 1.0, *(0.0,) * 8)]
-    param.grad = None
-    before = param.detach().clone()
     assert native.cohorts()
-    if n == 4:
-        with pytest.raises(RuntimeError, match="another thread replaced gradients"):
-            native.update(rows, 1)
-        assert torch.equal(param, before)
-    else:
-        native.update(rows, 1)  # the gradient was kept alive
+    param.grad = None
+    undo = [None]
+    native.update([(1.0, float("inf"), 0.0, 3.0, 1.0, *(0.0,) * 8)], 1, undo)
+    assert torch.equal(param, torch.full((4,), -2.0))
+    assert not undo
+    with pytest.raises(RuntimeError, match="without its gradients"):
+        native.update([(0.0,) * 13], 1, undo)
 
 
 def test_a_step_that_raises_keeps_no_gradient():
@@ -258,7 +286,6 @@ def test_a_step_that_raises_keeps_no_gradient():
         gone = weakref.ref(param.grad)
         with pytest.raises(ValueError, match="not finite") if lr != lr else nullcontext():
             optimizer.step()
-    assert optimizer._plan is not None
     param.grad = None
     assert gone() is None
 
