@@ -100,7 +100,8 @@ class Twin:
 
     Args:
         number: the parameter, at full precision where there is a master.
-        left: the parameter as the last step left it; None where the optimizer may not know.
+        master: what that was when the last step left the parameter as ``left``.
+        left: None where the optimizer cannot know any more.
         states: by their names in torch.
         slack: by how much ``number`` may be wrong, after writes from outside.
         t: steps that the states have seen.
@@ -109,12 +110,17 @@ class Twin:
     """
 
     number: torch.Tensor
+    master: torch.Tensor
     left: torch.Tensor | None
     states: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     slack: torch.Tensor | float = 0.0
     t: int = 0
     rounds: bool = False
     is_cast: bool = False
+
+    @classmethod
+    def new(cls, param):
+        return cls(in_fp64(param), in_fp64(param), param.detach().clone())
 
 
 def in_fp64(tensor):
@@ -131,6 +137,15 @@ def number_of(param, state):
         master = master.double()
         return torch.where((master - p).abs() <= half_ulp(p), master, p.double())
     return in_fp64(p)
+
+
+def unwritten(param, left):
+    """For each element, whether all 256 of its block are what a step has left."""
+    order = sorted(range(left.ndim), key=left.stride, reverse=True)
+    same = (param.view(torch.int16) == left.view(torch.int16)).permute(order)
+    blocks = torch.nn.functional.pad(same.reshape(-1), (0, -same.numel() % 256), value=True)
+    blocks = blocks.view(-1, 256).all(1).repeat_interleave(256)[: same.numel()]
+    return blocks.view(same.shape).permute(torch.tensor(order).argsort().tolist())
 
 
 def state_of(name, state):
@@ -227,7 +242,8 @@ class Side:
             if not isinstance(x, torch.Tensor):
                 return x
             readable = x.layout == torch.strided and (x.untyped_storage().nbytes() or not x.numel())
-            return id(x), x._version, bits_of(x) if readable else None
+            sums = getattr(x, "_checksums", None)  # of a remainder
+            return id(x), x._version, bits_of(x) if readable else None, seen(sums)
 
         return {
             "parameters": [seen(param) for param in self.params],
@@ -409,7 +425,7 @@ class Life(RuleBasedStateMachine):
             self.sides.append(side)
         c["lr"] = float(torch.tensor(c["lr"])) if tensor_lr else c["lr"]
         self.settings = [dict(c) for _ in groups]
-        self.twins = [Twin(in_fp64(p), p.detach().clone()) for p in self.first.params]
+        self.twins = [Twin.new(param) for param in self.first.params]
 
     def teardown(self):
         if hasattr(self, "machine"):
@@ -551,8 +567,8 @@ class Life(RuleBasedStateMachine):
                 )
                 if key:
                     twin.states[key] = now
-            twin.number, twin.slack, twin.rounds = number, 0.0, False
-            twin.left, twin.is_cast = param.detach().clone(), False
+            twin.number, twin.slack, twin.rounds, twin.is_cast = number, 0.0, False, False
+            twin.master, twin.left = number, param.detach().clone()
 
     @rule(kinds=grad_kinds, seed=seeds, scale=scales, closure=st.booleans())
     def step(self, kinds, seed, scale, closure):
@@ -710,7 +726,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         i=places,
-        way=st.sampled_from(["copy_", "part", ".data", "restored", "new data", "moved"]),
+        way=st.sampled_from(["copy_", "part", ".data", "a moment", "new data", "moved"]),
         layout=st.sampled_from(LAYOUTS),
         seed=seeds,
     )
@@ -728,7 +744,7 @@ class Life(RuleBasedStateMachine):
                     param[part] = new[part]
                 elif way == ".data":
                     param.data.copy_(new)
-                elif way == "restored":  # as after an evaluation of averaged weights
+                elif way == "a moment":  # as in an evaluation of averaged weights
                     kept = param.clone()
                     param.copy_(new)
                     param.copy_(kept)
@@ -737,19 +753,16 @@ class Life(RuleBasedStateMachine):
                     side.around += around
         if way in ("new data", "moved") and self.c(i)["state_dtype"] == "8bit":
             twin.rounds = True  # blocks are in the order of memory
-        if way == "moved":
-            return
-        param = self.first.params[i]
-        state = self.first.state(i)
-        p = param.detach()
-        if "param_remainder" in state:
-            # What was written is the number, where the version shows it. Else, and where it is what
-            # it was, the old remainder may be there still.
-            twin.number, twin.slack = in_fp64(p), half_ulp(p)
-            if way in ("copy_", "part", "restored") and twin.left is not None:
-                twin.slack = torch.where(p == twin.left, twin.slack, 0.0)
-        else:
+        param, state = self.first.params[i], self.first.state(i)
+        if not self.has_master(i):
+            twin.number = in_fp64(param)
+        elif "param_remainder" not in state:
             twin.number = number_of(param, state)
+        elif twin.left is None:
+            twin.number, twin.slack = in_fp64(param), half_ulp(param)
+        else:
+            as_left = unwritten(param.detach(), twin.left)
+            twin.number = torch.where(as_left, twin.master, in_fp64(param))
 
     @rule(dtype=st.sampled_from([FP16, BF16, FP32, FP64]), g=places)
     def cast(self, dtype, g):
@@ -784,15 +797,15 @@ class Life(RuleBasedStateMachine):
             elif way == "replace":
                 state.update({key: torch.as_tensor(x).clone() for key, x in state.items()})
             elif way == "number":  # as in old checkpoints
-                if not self.cls.rule.counts_steps:
                 state["step"] = int(state.get("step", 5))
             else:
                 for key, x in list(state.items()):
                     if key != "step" and x.shape == param.shape and x.dtype != torch.uint8:
                         state[key], _ = lay(x, "transposed")
+        if way in ("replace", "move"):
+            self.forget_what_was_left(i)
         for j in range(len(self.twins)) if way == "clear" else [i] if way == "delete" else []:
-            p = self.first.params[j].detach()
-            self.twins[j] = Twin(in_fp64(p), p.clone())
+            self.twins[j] = Twin.new(self.first.params[j])
 
     @rule(specs=st.lists(specs, max_size=2), mode=st.integers(0, 9), change=a_change)
     @precondition(lambda self: len(self.twins) < MAX_PARAMS - 1)
@@ -805,7 +818,7 @@ class Life(RuleBasedStateMachine):
             params = [self.parameter(side, *spec, dtype, n + k) for k, spec in enumerate(specs)]
             side.optimizer.add_param_group({"params": params, **c})
         self.settings.append(c)
-        self.twins += [Twin(in_fp64(p), p.detach().clone()) for p in self.first.params[n:]]
+        self.twins += [Twin.new(param) for param in self.first.params[n:]]
 
     @rule(
         bad=st.sampled_from(
@@ -829,11 +842,21 @@ class Life(RuleBasedStateMachine):
                 if param.grad is not None and param.grad.dtype != param.dtype:
                     param.grad = None  # torch cannot copy it
             side.optimizer, side.around = COPIES[way](side.optimizer), []
-        self.forget_versions()
+        for i in range(len(self.twins)):
+            self.settle(i)
 
-    def forget_versions(self):
-        """What was written since the last step is not known to a new optimizer."""
-        for twin in self.twins:
+    def settle(self, i):
+        """Who saves or copies an optimizer makes remainders fit what was written."""
+        twin, param = self.twins[i], self.first.params[i]
+        if twin.left is not None:
+            twin.master, twin.left = twin.number, param.detach().clone()
+
+    def forget_what_was_left(self, i):
+        """A remainder that was replaced, or loaded, belongs to the parameter as it will be."""
+        twin, param = self.twins[i], self.first.params[i]
+        if "param_remainder" in self.first.state(i):
+            if twin.left is not None and not torch.equal(twin.number, twin.master):
+                twin.slack = half_ulp(param)
             twin.left = None
 
     @rule(
@@ -884,7 +907,8 @@ class Life(RuleBasedStateMachine):
                 assert ((now - x).abs() <= error).all(), f"{name} of {i} was lost"
                 twin.states[name] = now
             twin.rounds = False
-        self.forget_versions()
+            self.settle(i)
+            self.forget_what_was_left(i)
 
     def saved(self, side, through_torch):
         optimizer = side.optimizer
@@ -918,12 +942,17 @@ class Life(RuleBasedStateMachine):
                 optimizer.load_state_dict(state_dict)
             if handle:
                 handle.remove()
+        for i in range(len(self.twins)):
+            self.settle(i)
         count["raises"] += 1
 
     @rule()
     def look(self):
         """What users read: masters, and states under torch's names."""
         for side in self.sides:
+            if side is self.first:
+                for i in range(len(self.twins)):
+                    self.settle(i)
             masters = list(side.optimizer.master_params())
             states = side.optimizer.torch_state_dict()["state"]
             for i, (twin, master) in enumerate(zip(self.twins, masters, strict=True)):
