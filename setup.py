@@ -17,8 +17,8 @@ setup(
             depends=[
                 f"csrc/{name}.h"
                 for name in (
-                    *("dtypes", "isa", "kernels", "lanes", "layout"),
-                    *("multi_tensor", "norm", "packed", "plan", "random", "rules", "torch_tensor"),
+                    *("dtypes", "isa", "kernels", "lanes", "layout", "multi_tensor", "norm"),
+                    *("numbering", "packed", "plan", "random", "rules", "torch_tensor"),
                 )
             ],
             cxx_std=17,

@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <map>
+
 namespace fastopt {
 namespace {
 
@@ -9,7 +11,7 @@ constexpr int64_t kTask = 4 * kChunk;  // elements: enough to be worth a thread'
 constexpr int64_t kStaged = 512;       // elements: few enough for all buffers to stay in L1
 
 // For each tensor, one more than the latest wave of the earlier tensors that it shares memory with.
-// Views that interleave count as sharing. Quadratic, but only where any two do.
+// Views that interleave count as sharing.
 std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
   std::vector<int> waves(tensors.size(), 0);
   std::vector<int> order;
@@ -24,12 +26,18 @@ std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
   if (!any_shared) return waves;
 
   std::sort(order.begin(), order.end());
-  for (size_t k = 0; k < order.size(); ++k)
-    for (size_t j = 0; j < k; ++j) {
-      const int now = order[k], earlier = order[j];
-      if (begin(now) < end(earlier) && begin(earlier) < end(now))
-        waves[now] = std::max(waves[now], waves[earlier] + 1);
-    }
+  // The latest wave that writes each address: that of the last key that is not greater.
+  std::map<const char*, int> latest{{nullptr, -1}};
+  const auto cut_at = [&](const char* address) {
+    return latest.emplace(address, std::prev(latest.upper_bound(address))->second).first;
+  };
+  for (int i : order) {
+    const auto first = cut_at(begin(i)), last = cut_at(end(i));
+    for (auto piece = first; piece != last; ++piece)
+      waves[i] = std::max(waves[i], piece->second + 1);
+    latest.erase(std::next(first), last);
+    first->second = waves[i];
+  }
   return waves;
 }
 
@@ -178,27 +186,34 @@ bool forked() { return in_child; }
 
 Schedule::Schedule(const std::vector<Tensor>& tensors) {
   const std::vector<int> wave = waves_of(tensors);
-  const int n_waves = tensors.empty() ? 1 : *std::max_element(wave.begin(), wave.end()) + 1;
-  for (int w = 0; w < n_waves; ++w) {
-    waves_.push_back(static_cast<int64_t>(tasks_.size()));
-    int64_t slot = 0, room = 0;
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      if (!tensors[t].active) continue;
-      const int64_t numel = tensors[t].layout.numel();
-      for (int64_t begin = 0; begin < numel; begin += kChunk, ++slot) {
-        if (wave[t] != w) continue;
-        const int64_t n = std::min(kChunk, numel - begin);
-        if (room < n) {
-          tasks_.push_back(static_cast<int64_t>(chunks_.size()));
-          room = kTask;
-        }
-        room -= n;
-        chunks_.push_back({static_cast<int>(t), begin, n, slot});
+  std::vector<size_t> order;
+  std::vector<int64_t> slots;  // the first of each tensor
+  int64_t n_slots = 0, room = 0;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    slots.push_back(n_slots);
+    if (!tensors[t].active) continue;
+    order.push_back(t);
+    n_slots += (tensors[t].layout.numel() + kChunk - 1) / kChunk;
+  }
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return wave[a] < wave[b]; });
+  for (size_t t : order) {
+    if (static_cast<size_t>(wave[t]) == waves_.size()) {
+      waves_.push_back(static_cast<int64_t>(tasks_.size()));
+      room = 0;
+    }
+    const int64_t numel = tensors[t].layout.numel();
+    for (int64_t begin = 0; begin < numel; begin += kChunk) {
+      const int64_t n = std::min(kChunk, numel - begin);
+      if (room < n) {
+        tasks_.push_back(static_cast<int64_t>(chunks_.size()));
+        room = kTask;
       }
+      room -= n;
+      chunks_.push_back({static_cast<int>(t), begin, n, slots[t] + begin / kChunk});
     }
   }
+  waves_.push_back(static_cast<int64_t>(tasks_.size()));
   tasks_.push_back(static_cast<int64_t>(chunks_.size()));
-  waves_.push_back(static_cast<int64_t>(tasks_.size()) - 1);
 }
 
 template <class F>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cfenv>
 #include <optional>
 #include <vector>
 
@@ -62,13 +63,23 @@ class Schedule {
   std::vector<int64_t> waves_;  // first task of each wave, then the number of tasks
 };
 
-// The one parallel loop: calls f(0) .. f(n - 1) in blocks of `grain`. f must not throw.
+// The one parallel loop: calls f(0) .. f(n - 1) in blocks of `grain`, all under the caller's
+// floating-point mode (torch.set_flush_denormal is a thread's own). f must not throw.
 template <class F>
 void parallel_for(int64_t n, [[maybe_unused]] int64_t grain, [[maybe_unused]] int threads,
                   const F& f) {
   if (forked()) threads = 1;
-#pragma omp parallel for schedule(dynamic, grain) num_threads(threads) if (threads > 1 && n > grain)
-  for (int64_t i = 0; i < n; ++i) f(i);
+  std::fenv_t mode;
+  std::fegetenv(&mode);
+#pragma omp parallel num_threads(threads) if (threads > 1 && n > grain)
+  {
+    std::fenv_t own;
+    std::fegetenv(&own);
+    std::fesetenv(&mode);
+#pragma omp for schedule(dynamic, grain) nowait
+    for (int64_t i = 0; i < n; ++i) f(i);
+    std::fesetenv(&own);
+  }
 }
 
 // The sum of abs(x)^order over the gradients of all active tensors; their maximum for infinity.

@@ -145,10 +145,9 @@ struct Codes {
   template <class L>
   static FASTOPT_INLINE typename L::F get(const void* a, float scale, int32_t i) {
     if constexpr (is_signed) {
-      // The sign of the code's extension to 32 bits becomes that of z, and of 1.
+      // Extended to 32 bits, a code has its sign where a number has its own: -0 stays -0.
       const typename L::U code = L::widen(static_cast<const int8_t*>(a) + i);
-      const typename L::U z = (code << kShift & (kMaxCode << kShift | kSign)) + kOne;
-      return (L::floats(z) - L::floats((code & kSign) | kOne)) * scale;
+      return L::floats(L::bits(level<L>(code & kMaxCode) * scale) | (code & kSign));
     } else {
       return level<L>(L::widen(static_cast<const uint8_t*>(a) + i)) * scale;
     }

@@ -122,7 +122,10 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       item.part = details->attr("part").cast<int>();
       item.scalars_here = details->attr("scalars_here").cast<bool>();
       item.fresh = details->attr("fresh").cast<bool>();
-      if (item.has_grad) grads_.push_back(checked(grad));
+      if (item.has_grad)
+        grads_.push_back(checked(grad));
+      else
+        tensor.operands[1].data = nullptr;  // until there is one
       item.ndim = static_cast<int32_t>(operands[0].shape.size());
       item.grad_type = operands[1].dtype;
       item.grad_extent = extent(operands[0].shape, operands[1].strides,
@@ -160,7 +163,9 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
 void Plan::watch(py::handle tensor) {
   checked(tensor);
   if (!fields_known) return;
-  watched_.push_back({tensor.ptr(), TorchTensor::of(tensor.ptr()).fingerprint()});
+  const auto watched = TorchTensor::of(tensor.ptr());
+  watched_.push_back({tensor.ptr(), watched.fingerprint()});
+  if (char* memory = watched.memory()) memories_.number(reinterpret_cast<uint64_t>(memory));
 }
 
 bool Plan::groups_hold() const {
@@ -242,6 +247,10 @@ bool Plan::find_grad(size_t i) {
   if (!is_expected(item, grad)) return false;
   char* data = grad.data(kItemSize[static_cast<int>(item.grad_type)], item.grad_extent);
   if (!data && tensors_[i].layout.numel() > 0) return false;  // its storage was resized
+  // It may overlap what this step writes: see fastopt/memory.py, which the last one has passed.
+  if (data != tensors_[i].operands[1].data &&
+      memories_.contains(reinterpret_cast<uint64_t>(grad.memory())))
+    return false;
   tensors_[i].operands[1].data = data;
   return true;
 }
@@ -296,10 +305,7 @@ int Plan::cohort_of(const Item& item) {
                                 : (item.fresh && item.repeat == 0 ? 1.0 : 2.0);
   const Cohort wanted{item.group, step};
   int& last = last_cohort_[item.group];
-  if (last >= 0 && cohorts_[last] == wanted) return last;
-  const auto found = std::find(cohorts_.begin(), cohorts_.end(), wanted);
-  last = static_cast<int>(found - cohorts_.begin());
-  if (found == cohorts_.end()) cohorts_.push_back(wanted);
+  if (last < 0 || cohorts_.keys()[last] != wanted) last = cohorts_.number(wanted);
   return last;
 }
 
@@ -308,7 +314,7 @@ const std::vector<Plan::Cohort>& Plan::cohorts() {
   std::fill(last_cohort_.begin(), last_cohort_.end(), -1);
   for (size_t i = 0; i < items_.size(); ++i)
     if (items_[i].has_grad && items_[i].scalars_here) tensors_[i].scalars = cohort_of(items_[i]);
-  return cohorts_;
+  return cohorts_.keys();
 }
 
 template <class F>

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "multi_tensor.h"
+#include "numbering.h"
 #include "torch_tensor.h"
 
 namespace fastopt {
@@ -141,12 +142,13 @@ class Plan {
   std::vector<int64_t> sizes_;  // shape and strides of the gradient
   std::vector<Entry> entries_;
   std::vector<Watched> watched_;
+  Numbering<uint64_t> memories_;  // where the storages of parameters and states are
 
   std::vector<Tensor> tensors_;  // one for each item
   int64_t pattern_ = 0;
   bool repeats_ = false;  // a parameter stands twice in the groups
   bool ready_ = true;     // the gradients are held
-  std::vector<Cohort> cohorts_;
+  Numbering<Cohort> cohorts_;
   std::vector<int> last_cohort_;  // of each group
   std::optional<Schedule> schedule_;
 };

@@ -60,11 +60,13 @@ class TorchTensor {
   }
   const int64_t* strides() const { return sizes() + std::max(dim(), kInline); }
 
+  // That of the storage. Null where the tensor has no memory.
+  char* memory() const { return storage() ? read<char*>(storage(), fields.data) : nullptr; }
   // Null where the tensor has less memory than these bytes.
   char* data(int64_t item_size, int64_t extent) const {
-    char* memory = storage() ? read<char*>(storage(), fields.data) : nullptr;
+    char* begin = memory();
     const int64_t offset = read<int64_t>(impl_, fields.storage_offset) * item_size;
-    return memory && offset + extent <= nbytes() ? memory + offset : nullptr;
+    return begin && offset + extent <= nbytes() ? begin + offset : nullptr;
   }
 
   // Whether the memory is of torch's own allocator for CPUs: not shared until it is written, say.

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dynamo import untraced
 from .optimizers import Optimizer
 
 
 class GradScaler(torch.amp.GradScaler):
     """`torch.amp.GradScaler`, without its pass over the gradients of fastopt's optimizers.
 
-    torch's reads and writes all of them to find out whether any is infinite or NaN. This one leaves
+    torch's reads and writes all of them to find out whether any is infinite or NaN, and unscales
+    them, too, where the optimizer has neither ``max_norm`` nor ``fused=True``. This one leaves all
     that to the step, whose norm (taken with or without ``max_norm``) is finite exactly where all
     gradients are, and gradients stay as they are. Scales, skipped steps and state dicts are
     torch's; so is all that happens to optimizers of other makes, after `unscale_`, and to gradients
@@ -22,6 +24,7 @@ class GradScaler(torch.amp.GradScaler):
     Args, methods: as in torch.
     """
 
+    @untraced
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Unscales the gradients and makes a step of the optimizer, unless one is not finite.
 
@@ -35,13 +38,16 @@ class GradScaler(torch.amp.GradScaler):
             RuntimeError: ``closure=`` is given, or there was a step since the last `update`.
             AssertionError: no loss has been scaled yet.
         """
+        if not self._enabled or not isinstance(optimizer, Optimizer):
+            return super().step(optimizer, *args, **kwargs)
+        shared = optimizer._shared
+        shared.scaled = True
         try:
             return super().step(optimizer, *args, **kwargs)
         finally:
-            if self._enabled and isinstance(optimizer, Optimizer):
-                # torch would not remove its own after an error, and unscale twice in the next step.
-                for name in ("grad_scale", "found_inf", "_findings"):
-                    vars(optimizer).pop(name, None)
+            shared.scaled, shared.findings = False, None
+            # torch would not remove its own after an error, and unscale twice in the next step.
+            shared.grad_scale = shared.found_inf = None
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         grads = [
@@ -55,7 +61,7 @@ class GradScaler(torch.amp.GradScaler):
         # Filled by the step; torch reads it now, when it is empty, and in `update`.
         findings: dict[Any, Any] = {}
         if grads:
-            optimizer._findings = findings
+            optimizer._shared.findings = findings
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
         return findings
 

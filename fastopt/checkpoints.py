@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, precision
+from . import dispatch, precision, settings
 from .items import Place
 from .reference import arithmetic_dtype
-from .rules import Group
+from .rules import RULES, Group, Rule
 
 if TYPE_CHECKING:
     from .optimizers import Optimizer
 
 # Part of what an optimizer is, not of what it has learnt.
-_KEPT = ("master_weights", "state_dtype")
+_FORMS = ("master_weights", "state_dtype")
+_KEPT = (*_FORMS, "max_norm", "clip_value")
+
+#: The states of torch's other optimizers.
+_TORCHS = {
+    *("acc_delta", "ax", "col_var", "eta", "exp_inf", "mu", "mu_product", "old_dirs", "prev"),
+    *("prev_flat_grad", "row_var", "step_size", "variance"),
+}
 
 
 class _Saved:
@@ -26,19 +35,148 @@ class _Saved:
         self.tensor = tensor
 
 
-def prepare(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def check_form(state_dict: Any) -> None:
+    """Raises where something is not made as state dicts are.
+
+    Raises:
+        TypeError: so it is.
+    """
+    if not isinstance(state_dict, Mapping):
+        found = f"this is a {type(state_dict).__name__}"
+    elif not {"state", "param_groups"} <= state_dict.keys():
+        found = f"this has the keys {[*state_dict]}"
+    elif not isinstance(state_dict["state"], Mapping):
+        found = f"here 'state' is a {type(state_dict['state']).__name__}"
+    elif not _are_groups(state_dict["param_groups"]):
+        found = "here 'param_groups' is something else"
+    else:
+        return
+    raise TypeError(
+        "a state dict has a dict 'state' and a list 'param_groups' of dicts with 'params', and "
+        f"{found}: load what optimizer.state_dict() has returned"
+    )
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, (list, tuple)) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for group in groups
+    )
+
+
+def _check(optimizer: Optimizer, groups: list[Group], states: Mapping[Any, Any]) -> None:
+    """Raises where no optimizer like this one can have saved these groups and states.
+
+    The host waits for a GPU. Shapes are left to `convert`.
+    """
+    rule = optimizer.rule
+    found = [
+        (group, states[index], Place(own, g, i))
+        for g, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True))
+        for i, index in enumerate(group["params"])
+        if index in states
+    ]
+    for _, state, where in found:
+        _check_owner(rule, state, where)
+    for g, group in enumerate(groups):
+        settings.check_group(rule, group, g, optimizer.defaults, may_wait=True)
+    for group, state, where in found:
+        _check_state(rule, group, state, where)
+
+
+def _check_owner(rule: Rule, state: Any, where: Place) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{where} has a state that is a {type(state).__name__}, not a dict: load what "
+            "optimizer.state_dict() has returned"
+        )
+    if foreign := next((key for key in state if key in _foreign(rule)), None):
+        raise ValueError(
+            f"{where} has a state {foreign!r}, which is not one of {rule.name}'s: load a state "
+            "dict of an optimizer of the same class"
+        )
+
+
+def _check_state(rule: Rule, group: Group, state: Mapping[str, Any], where: Place) -> None:
+    if "step" in state:
+        dispatch.check_step(state["step"], where, may_wait=True)
+    there = [key for key, value in state.items() if value is not None]
+    # A rule that counts no steps makes what is missing, and then makes a first step.
+    if rule.counts_steps and any(key in there for key in ("step", *_keys(rule))):
+        for name in ("step", *rule.states(group)):
+            if not {name, *precision.coded_keys(name)}.intersection(there):
+                raise ValueError(
+                    f"{where} has no state {name!r}, but {', '.join(map(repr, there))}: load a "
+                    "state dict that is complete"
+                )
+    for name in rule.possible:
+        _, scale = precision.coded_keys(name)
+        for key in (name, scale):
+            if key in there:
+                _check_numbers(state[key], key, key == scale, name in rule.non_negative, where)
+
+
+def _check_numbers(
+    numbers: Any, name: str, are_scales: bool, non_negative: bool, where: Place
+) -> None:
+    """Raises where an entry of a state has numbers that no step makes.
+
+    NaN and infinity are made by a step where a gradient was not finite: torch loads them too. The
+    scale of such numbers is NaN.
+    """
+    if (
+        not isinstance(numbers, Tensor)
+        or numbers.dtype not in dispatch.DTYPES
+        or numbers.layout != torch.strided
+    ):
+        raise dispatch.misfit(where.param, name, numbers, where)
+    if numbers.is_meta or dispatch.is_wrapper(numbers):  # of a DTensor, each process has a part
+        return
+    found = ""
+    if (are_scales or non_negative) and bool((numbers < 0).any()):
+        found = "negative"
+    elif are_scales and bool(numbers.isinf().any()):
+        found = "infinite"
+    if found:
+        raise ValueError(
+            f"{where} has a state {name!r} with {found} numbers, which it never has: load a state "
+            "dict that is not damaged"
+        )
+
+
+def _keys(rule: Rule) -> set[str]:
+    """Of the states that a rule can have, in any form."""
+    return {key for name in rule.possible for key in (name, *precision.coded_keys(name))}
+
+
+@functools.cache
+def _foreign(rule: Rule) -> set[str]:
+    """The states that other rules have. All else in a parameter's state is the user's own."""
+    others = {key for other in RULES.values() for key in _keys(other)}
+    return (others | _TORCHS) - _keys(rule)
+
+
+def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with its tensors wrapped, and its groups with what they lack from ours: a torch
-    checkpoint knows no `max_norm`."""
+    checkpoint knows no `max_norm`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no optimizer like this one can have saved it.
+    """
 
     def wrapped(value: Any) -> Any:
         return _Saved(value) if isinstance(value, Tensor) else value
 
+    check_form(state_dict)
     groups = list(state_dict["param_groups"])
-    if len(groups) == len(optimizer.param_groups):  # else torch raises
+    own_groups = optimizer.param_groups
+    if [len(saved["params"]) for saved in groups] == [len(own["params"]) for own in own_groups]:
         groups = [
             {**own, "params": None, **saved, **{key: own[key] for key in _KEPT}}
-            for own, saved in zip(optimizer.param_groups, groups, strict=True)
+            for own, saved in zip(own_groups, groups, strict=True)
         ]
+        _check(optimizer, groups, state_dict["state"])
+    # Else torch raises.
     return {
         **state_dict,
         "param_groups": groups,
@@ -117,13 +255,15 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
             state.update(made.new)
             for key in made.obsolete:
                 del state[key]
+            if not precision.counts_steps(optimizer.rule, state, forms):
+                state.pop("step", None)
 
 
 def for_torch(optimizer: Optimizer) -> dict[str, Any]:
     """A state dict with every state as plain numbers, and without master weights."""
     state_dict = optimizer.state_dict()
     for group in state_dict["param_groups"]:
-        for key in _KEPT:  # they do not hold any more, should it come back
+        for key in _FORMS:  # they do not hold any more, should it come back
             del group[key]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [group for group in optimizer.param_groups for _ in group["params"]]

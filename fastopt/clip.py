@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .devices import moved
+from .dynamo import untraced
 from .items import describe
 from .packing import Stored
 from .plan import norm_options
@@ -25,6 +26,7 @@ from .scalars import clip_coef
 Tensors = Tensor | Iterable[Tensor]
 
 
+@untraced
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -45,6 +47,7 @@ def get_total_norm(
 
     Raises:
         ValueError: ``norm_type`` is not positive.
+        TypeError: it is no number, or there is something else than tensors.
         RuntimeError: the norm is not finite, or a tensor is sparse, complex, ...
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -52,6 +55,7 @@ def get_total_norm(
     return norm.to(**norm_options(tensors))
 
 
+@untraced
 def clip_grad_norm_(
     parameters: Tensors,
     max_norm: float,
@@ -70,14 +74,16 @@ def clip_grad_norm_(
 
     Returns, raises, and the other arguments: see `get_total_norm`.
     """
+    bound = _number("max_norm", max_norm)
     grads = _grads(parameters)
     backends = _by_backend(grads, "gradient", in_place=True)
     norm = _total_norm(backends, norm_type, error_if_nonfinite)
     for backend in backends:
-        backend.clip(norm, float(max_norm))
+        backend.clip(norm, bound)
     return norm.to(**norm_options(grads))
 
 
+@untraced
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """Clamps every element of the gradients to ±``clip_value`` in place.
 
@@ -85,9 +91,11 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
 
     Raises:
         RuntimeError: a gradient is sparse, complex, ...
+        TypeError: ``clip_value`` is no number.
     """
+    bound = _number("clip_value", clip_value)
     for backend in _by_backend(_grads(parameters), "gradient", in_place=True):
-        backend.clamp(float(clip_value))
+        backend.clamp(bound)
 
 
 class _Reference:
@@ -195,6 +203,7 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
 
     Raises:
         RuntimeError: one cannot be used; ``what`` it is called there.
+        TypeError: one is no tensor.
     """
     asked = dispatch.resolve("auto")
     extension = dispatch.extension()
@@ -204,6 +213,8 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
             return [_Cpp(grads, plain)] if grads else []
     groups: dict[tuple[str, torch.device], list[Tensor]] = {}
     for i, grad in enumerate(grads):
+        if not isinstance(grad, Tensor):
+            raise TypeError(f"{what} {i} is {dispatch.short(grad)}: give tensors")
         where = f"{what} {i}, of shape {tuple(grad.shape)},"
         dispatch.check_dense(grad, where)
         if in_place and dispatch.overlaps_itself(grad):
@@ -216,11 +227,18 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
     return [_BACKENDS[backend](members) for (backend, _), members in groups.items()]
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last for tensors of several
+        raise TypeError(f"{name} must be a number, not {dispatch.short(value)}") from None
+
+
 def _total_norm(
     backends: Sequence[_Reference], norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
     """In double, 0-dim, on the first one's device."""
-    order = float(norm_type)
+    order = _number("norm_type", norm_type)
     if not order > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     sums = [backend.power_sum(order) for backend in backends]

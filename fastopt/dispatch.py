@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+import reprlib
 import warnings
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,19 @@ from torch import Tensor
 from . import torch_fields
 from .rules import RULES
 
+# Not when the first optimizer needs it: a process may be forked before, which the extension has to
+# see (csrc/multi_tensor.h).
+_import_error: ImportError | None = None
+try:
+    from . import _C
+except ImportError as error:
+    _import_error = error
+
 # In the order of DType in csrc/dtypes.h.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 BACKENDS = ("triton", "cpp", "reference")
+BackendName = Literal["auto", "triton", "cpp", "reference"]
 
 
 class Backend(NamedTuple):
@@ -36,11 +46,9 @@ class Backend(NamedTuple):
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled extension, or None and the reason."""
-    try:
-        from . import _C
-    except ImportError as error:
+    if _import_error is not None:
         return None, (
-            f"the compiled extension cannot be imported ({error}): "
+            f"the compiled extension cannot be imported ({_import_error}): "
             "reinstall fastopt where there is a C++ compiler, or use a wheel for this Python"
         )
     another = "the compiled extension is of another version of fastopt: reinstall fastopt"
@@ -147,7 +155,7 @@ def backend_for(tensors: list[Tensor], backend: str, where: object) -> str:
         raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
     if not obstacle:
         reason = _loaded(wanted)[1] if wanted else "it has no kernels for that device"
-        _warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
+        warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"
 
 
@@ -174,22 +182,24 @@ def _obstacle(tensors: list[Tensor]) -> str:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns, the first time that it is called with a message."""
     warnings.warn(message, stacklevel=2)
 
 
-def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
+def check_dense(tensor: Tensor, where: object, prefix: str = "", sparse: str = "") -> None:
     """Raises where no backend can work on the tensor.
 
     Args:
         where: names the tensor when formatted, which happens only for an error.
+        sparse: the optimizer that takes sparse gradients instead; "" where there is none.
 
     Raises:
         RuntimeError: in one sentence that begins with ``where``: what was found, and what to do.
     """
     if tensor.layout != torch.strided:
         found = f"is {tensor.layout}, and only dense tensors are supported"
-        cure = "use torch.optim.SparseAdam, or sparse=False in the embedding"
+        cure = f"use {sparse + ', or ' if sparse else ''}sparse=False in the embedding"
     elif tensor.is_complex():
         found, cure = "is complex, which is not supported", "optimize torch.view_as_real of it"
     elif tensor.dtype not in DTYPES:
@@ -205,8 +215,11 @@ def check_dense(tensor: Tensor, where: object, prefix: str = "") -> None:
     raise RuntimeError(f"{prefix}{where} {found}: {cure}")
 
 
-def check(param: Tensor, grad: Tensor, where: object) -> None:
+def check(param: Tensor, grad: Tensor, where: object, sparse: str = "") -> None:
     """Raises where no backend can update ``param`` with ``grad``.
+
+    Args:
+        where, sparse: as in `check_dense`.
 
     Raises:
         RuntimeError: as in `check_dense`.
@@ -217,7 +230,7 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
             "move the parameter before the backward pass"
         )
     check_dense(param, where)
-    check_dense(grad, where, "the gradient of ")
+    check_dense(grad, where, "the gradient of ", sparse)
     if grad.shape != param.shape:
         raise RuntimeError(
             f"{where} has a gradient of shape {tuple(grad.shape)}: "
@@ -257,37 +270,59 @@ def check_state(
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if fits(param, state, shape, dtypes):
-        return
+    if not fits(param, state, shape, dtypes):
+        raise misfit(param, name, state, where)
+
+
+def misfit(param: Tensor, name: str, state: object, where: object) -> RuntimeError:
+    """Says that a state does not fit its parameter."""
     found = f"does not fit it ({type(state).__name__})"
     if isinstance(state, Tensor):
         kind = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
-        is_like = _is_like(param, state, shape, dtypes)
-        found = _lost(state) if is_like else f"does not fit it ({kind})"
-    raise RuntimeError(
+        lost = state.layout == torch.strided and _lost(state)
+        found = lost or f"does not fit it ({kind})"
+    return RuntimeError(
         f"{where} on {param.device} has a state {name!r} that {found}: "
         "load a state dict of this model, or delete the parameter's entry in optimizer.state"
     )
 
 
-def check_step(step: object, where: object) -> None:
+def short(value: object) -> str:
+    """A value in a part of a line, as messages show it."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def check_step(step: object, where: object, may_wait: bool = False) -> None:
     """Raises where a state's ``step`` is no number of steps.
+
+    Args:
+        may_wait: read it on a GPU too.
 
     Raises:
         RuntimeError: as in `check_dense`.
     """
-    if isinstance(step, Tensor) and step.numel() == 1:
-        if _lost(step):
-            step = "a tensor that has lost its memory"
-        elif step.device.type != "cpu":
-            return  # not worth waiting for
-        else:
-            step = step.item()
-    if not isinstance(step, (int, float)) or not 0 <= step < math.inf:
+    if not is_count(step, may_wait):
+        lost = isinstance(step, Tensor) and step.layout == torch.strided and _lost(step)
+        found = "a tensor that has lost its memory" if lost else short(step)
         raise RuntimeError(
-            f"{where} has a state 'step' that is no number of steps ({step}): "
+            f"{where} has a state 'step' that is no number of steps ({found}): "
             "load a state dict of this model, or delete the parameter's entry in optimizer.state"
         )
+
+
+def is_count(step: object, may_wait: bool = False) -> bool:
+    """Whether an object is a number of steps, or a tensor of one.
+
+    Args:
+        may_wait: read it on a GPU too.
+    """
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.is_meta or step.layout != torch.strided:
+            return False
+        if step.device.type != "cpu" and not may_wait:
+            return True
+        step = None if _lost(step) else step.detach().item()
+    return isinstance(step, (int, float)) and 0 <= step < math.inf
 
 
 def fits(

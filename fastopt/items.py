@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, precision
+from . import dispatch, memory, precision
 from .devices import capturing
 from .packing import PACKINGS, Stored
 from .precision import Kept
@@ -67,6 +67,7 @@ class Item:
         grad: None where there is none now, while the states are there from an earlier step.
         state: the optimizer's for this parameter.
         forms: how the parameter and the rule's states are kept.
+        place: names the parameter.
         fresh: the states are made in this step.
     """
 
@@ -77,6 +78,7 @@ class Item:
     backend: str
     state: dict[str, Any]
     forms: list[Kept]
+    place: Place
     fresh: bool = False
 
     @property
@@ -147,7 +149,7 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
     names = settings[place.group_index][0]
     state = optimizer.state.get(param, {})
     if grad is not None:
-        dispatch.check(param, grad, place)
+        dispatch.check(param, grad, place, rule.sparse)
         dispatch.check_step(state.get("step", 0.0), place)
     try:
         forms = precision.kept(rule, place.group, param, names, place)
@@ -156,7 +158,11 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
             return None
         raise
     if grad is None:
-        known = state and dispatch.fits(param, param, tuple(param.shape))
+        known = (
+            state
+            and dispatch.fits(param, param, tuple(param.shape))
+            and dispatch.is_count(state.get("step", 0.0))
+        )
         if not known or not precision.are_there(param, state, forms):
             return None
     else:
@@ -169,7 +175,7 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
         if grad is None:
             return None
         raise
-    return Item(place.group_index, number, param, grad, backend, state, forms)
+    return Item(place.group_index, number, param, grad, backend, state, forms, place)
 
 
 #: Calls that take the changes of a step back, last change first, until the step is made.
@@ -183,21 +189,38 @@ def take_back(undo: Undo) -> None:
 
 
 def make_states(optimizer: Optimizer, items: list[Item], on_device: bool, undo: Undo) -> None:
-    """Gives every item the states that it lacks."""
+    """Gives every item the states that it lacks.
+
+    Raises:
+        RuntimeError: something cannot be updated; nothing was changed.
+    """
     rule, groups, state = optimizer.rule, optimizer.param_groups, optimizer.state
     # All memory first, so that nothing has changed where there is not enough of it.
     made = {}
+    uses: list[memory.Use] = []  # of memory that is there already
+    counted: set[int] = set()  # the addresses of steps
     for item in items:
         if item.param in made:
             continue  # a parameter that stands twice gets its states once
         step_on = item.param.device if on_device and item.backend == "triton" else None
         new = new_states(rule, groups[item.group], item.param, item.state, item.forms, step_on)
+        step = new.new.get("step", item.state.get("step"))
+        if step is not None:
+            if step.data_ptr() in counted:  # by several parameters, as one number
+                new.new["step"] = step = step.clone()
+            counted.add(step.data_ptr())
+        arrays = {"": item.param} if item.grad is None else {"": item.param, "grad": item.grad}
+        for key in (*(key for form in item.forms for key in form.keys), "step"):
+            if key in item.state and key not in new.new:
+                arrays[key] = item.state[key]
+        uses += [memory.Use(item.param, item.place, *array) for array in arrays.items()]
         if new.new and capturing(item.param.device):
             raise RuntimeError(
                 "the states of a parameter would be made within a CUDA graph, and made again at "
                 "each replay: make one step before the capture"
             )
         made[item.param] = new
+    memory.check(uses)
     changed = [param for param, new in made.items() if new.new or new.obsolete]
     before = {param: dict(state[param]) if param in state else None for param in changed}
     undo.append(functools.partial(_put_back, state, before))
@@ -240,7 +263,8 @@ def new_states(
     if (
         rule.counts_steps
         or precision.is_random(forms)
-        or (len(forms) > 1 and (step_on is not None or "step" in state))
+        or "step" in state
+        or (len(forms) > 1 and step_on is not None)
     ):
         # A rule that does not count makes its first step with the states.
         first = rule.counts_steps or made.fresh or len(forms) == 1
@@ -248,7 +272,17 @@ def new_states(
         if made.fresh and not rule.counts_steps:
             step = 0.0
         device = step_on or torch.device("cpu")
-        # A number in old checkpoints; elsewhere, or fp64, in some of torch's.
-        if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device != device:
-            made.new["step"] = torch.full((), float(step), dtype=torch.float32, device=device)
+        if not _is_plain(step, device):
+            number = float(step.detach() if isinstance(step, Tensor) else step)
+            made.new["step"] = torch.full((), number, dtype=torch.float32, device=device)
     return made
+
+
+def _is_plain(step: object, device: torch.device) -> bool:
+    """Whether a step is as new ones are. In old checkpoints it is a number, in some of torch's on
+    another device, of fp64 or of shape (1,); and a lazily negated one is not what its memory is."""
+    return (
+        type(step) is Tensor
+        and (step.dtype, step.shape, step.device) == (torch.float32, (), device)
+        and not (step.is_neg() or step.requires_grad or step.is_inference())
+    )

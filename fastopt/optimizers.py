@@ -3,25 +3,76 @@
 from __future__ import annotations
 
 import functools
-import math
+import inspect
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import checkpoints, dispatch, precision
+from . import checkpoints, dispatch, precision, settings
 from .clip import get_total_norm
+from .dispatch import BackendName
+from .dynamo import untraced
 from .items import Place, Undo, new_states, take_back
 from .plan import Plan
+from .precision import MasterWeights, StateDtype
 from .rules import RULES, Group, Rule
 from .scalars import Rows
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Calls a method on the optimizer itself, where it is called on a wrapper, and untraced."""
+
+    @functools.wraps(method)
+    def call(self: Optimizer, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(self._real, *args, **kwargs)
+
+    return untraced(call)
+
+
+class Shared:
+    """What an optimizer and a wrapper of it have in common, whoever sets it.
+
+    Attributes:
+        optimizer: a weak reference to the optimizer itself.
+        grad_norm: see `Optimizer`.
+        grad_scale, found_inf, findings: see `Scaling`; None: not given.
+        scaled: whether a `fastopt.GradScaler` makes the step.
+    """
+
+    __slots__ = ("findings", "found_inf", "grad_norm", "grad_scale", "optimizer", "scaled")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.grad_norm: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | float | None = None
+        self.findings: dict[torch.device, Tensor] | None = None
+        self.scaled = False
+
+
+def _given(name: str) -> Any:
+    """An attribute that a scaler gives the optimizer for the time of a step."""
+
+    def get(self: Optimizer) -> Any:
+        value = getattr(self._shared, name)
+        if value is None:
+            raise AttributeError(f"there is no {name!r} outside of a scaled step")
+        return value
+
+    def give(self: Optimizer, value: Any) -> None:
+        setattr(self._shared, name, value)
+
+    return property(get, give, lambda self: give(self, None))
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -32,64 +83,112 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as in torch. Every setting may differ
-            between groups.
-        lr, ...: as in the torch class of the same name; tensors are read at each step.
-        maximize: step up the gradient instead of down.
-        foreach, fused: accepted for torch's sake; every step here is fused.
-        capturable: let the GPU count the steps and compute the scalars, so that a step can be part
-            of a CUDA graph, which repeats settings that are numbers, or tensors on the CPU: one
-            that changes must be a tensor on the GPU, changed in place. Load state dicts before the
-            capture. States then have a ``step`` on the GPU, in any rule. Does nothing for
-            parameters on the CPU.
-        differentiable: must be False.
-        max_norm: clip the gradients by their global 2-norm over all parameters of the optimizer, as
-            `torch.nn.utils.clip_grad_norm_` before the step would, but without writing to them.
-            `math.inf` only measures; None, the default, does neither. A group may have its own
+            between groups, except ``backend``.
+        lr, ...: the rule's own settings.
+        maximize (default False): step up the gradient instead of down.
+        foreach (default None): True, False or None, for torch's sake: every step here is fused.
+        fused (default None): the same; not True where ``foreach`` is. True, or a ``max_norm``, also
+            leaves it to the step to unscale gradients and to skip overflows, under a
+            `torch.amp.GradScaler` as under ours; frameworks then do not clip themselves.
+        capturable (default False): let the GPU count the steps and compute the scalars, so that a
+            step can be part of a CUDA graph, which repeats settings that are numbers, or tensors on
+            the CPU: one that changes must be a tensor on the GPU, changed in place. Load state
+            dicts before the capture. States then have a ``step`` on the GPU, in any rule. Does
+            nothing for parameters on the CPU.
+        differentiable (default False): must be False.
+        max_norm (default None): clip the gradients by their global 2-norm over all parameters of
+            the optimizer, as `torch.nn.utils.clip_grad_norm_` before the step would, but without
+            writing to them. `math.inf` only measures; None does neither. A group may have its own
             ``max_norm``, but the norm is always that of all groups.
-        clip_value: clamp every element of the gradients to ±clip_value, after ``max_norm``.
-        master_weights: what makes fp32 numbers of 16-bit parameters. ``"split"``: an int16
-            ``param_remainder``, which with the bf16 parameter is the fp32 master, bit for bit; a
-            parameter that is written from outside wins. ``"fp32"``: a ``master_param``, for fp16
-            too; elements written from outside win. ``"stochastic"``: nothing, bf16 parameters are
-            rounded stochastically instead. None: nothing, they are rounded to nearest. ``"auto"``:
-            ``"split"`` for bf16 and ``"fp32"`` for fp16. Means nothing for fp32 and fp64. With a
-            master, bf16 parameters are rounded to nearest, ties away from zero.
-        state_dtype: how the states are kept: `torch.float32` (fp64 for fp64 parameters);
-            `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
+        clip_value (default None): clamp every element of the gradients to ±clip_value, after
+            ``max_norm``; None: do not.
+        master_weights (default 'auto'): what makes fp32 numbers of 16-bit parameters. ``"split"``:
+            an int16 ``param_remainder``, which with the bf16 parameter is the fp32 master, bit for
+            bit; a parameter that is written from outside wins. ``"fp32"``: a ``master_param``, for
+            fp16 too; elements written from outside win. ``"stochastic"``: nothing, bf16 parameters
+            are rounded stochastically instead. None: nothing, they are rounded to nearest.
+            ``"auto"``: ``"split"`` for bf16 and ``"fp32"`` for fp16. Means nothing for fp32 and
+            fp64. With a master, bf16 parameters are rounded to nearest, ties away from zero.
+        state_dtype (default torch.float32): how the states are kept: `torch.float32` (fp64 for fp64
+            parameters); `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
             ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, for numbers
             down to a thousandth of the largest of these. Not for Adagrad, and neither of both for a
-            centered RMSprop. What is there in another form is converted by the next step.
-        seed: of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on it, on the
-            step, on the parameter's place in the optimizer and on nothing else.
-        backend: "auto", "triton", "cpp" or "reference"; "auto" follows the environment variable
-            ``FASTOPT_BACKEND`` where it is set, and else takes the fastest for each parameter.
+            centered RMSprop. What is there in another form is converted by the next step. Also as a
+            word: ``"float32"``, ``"bfloat16"``.
+        seed (default 0): of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on
+            it, on the step, on the parameter's place in the optimizer and on nothing else.
+        backend (default 'auto'): ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
+            ``"auto"`` follows the environment variable ``FASTOPT_BACKEND`` where it is set, and
+            else takes the fastest for each parameter.
 
     Attributes:
         grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64
-            for fp64 parameters); None where no group has a ``max_norm``. A CUDA graph's replay
-            writes to the tensor that this was when the step was captured.
+            for fp64 parameters), on the first parameter's device; 0 where no parameter had a
+            gradient; None where no group has a ``max_norm``. A CUDA graph's replay writes to the
+            tensor that this was when the step was captured.
 
     Raises:
         ValueError: a setting is out of range or not finite, or not for this rule, or there is no
             such backend.
+        TypeError: a setting is of a wrong type: no number, flag or pair of numbers.
         NotImplementedError: ``differentiable`` is True.
-        RuntimeError: the backend does not work here.
+        RuntimeError: the backend does not work here, or ``foreach`` and ``fused`` are both True.
     """
 
     rule: ClassVar[Rule]
     #: Settings that between them call for every kernel of the rule; the first is the common case.
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
-    grad_norm: Tensor | None = None
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to `step`
-    _findings: dict[torch.device, Tensor] | None = None  # see `Scaling`
+    # Lightning and others wrap an optimizer in an object of a class made from its own, which has
+    # the optimizer's attributes by `__getattr__`, or copied when it was made. So nothing here has a
+    # default on the class, which would hide the optimizer's, and what is set later is in an object
+    # that both have.
+    grad_scale = _given("grad_scale")
+    found_inf = _given("found_inf")
 
+    @untraced
     def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
         self.backend = dispatch.resolve(backend)
+        self._begin()
+        super().__init__(params, defaults)
+
+    def _begin(self) -> None:
+        """Sets what no state dict, copy or pickle has."""
+        self._shared = Shared(self)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         self._plan: Plan | None = None
         self._lock = _new_lock()
-        super().__init__(params, defaults)
+        #: Of the last steps, as far as they need no other look: see `Rows`.
+        self._good_settings: set[Any] = set()
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients in the last step, before clipping: see `Optimizer`."""
+        return self._shared.grad_norm
+
+    @grad_norm.setter
+    def grad_norm(self, norm: Tensor | None) -> None:
+        self._shared.grad_norm = norm
+
+    @property
+    def _real(self) -> Optimizer:
+        """The optimizer, where ``self`` may be a framework's wrapper of it."""
+        return self._shared.optimizer() or self
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a `GradScaler` leaves unscaling and skipping to `step`.
+
+        Frameworks then refuse to clip, and do not see that a step was skipped: so only where
+        ``max_norm`` or ``fused`` asks for it, or for gradients in fp16, which torch's scaler
+        refuses to unscale.
+        """
+        return self._shared.scaled or any(
+            group["max_norm"] is not None
+            or bool(group["fused"])
+            or any(param.dtype == torch.float16 for param in group["params"])
+            for group in self._real.param_groups
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step: for all parameters that have a gradient, or none where it raises.
@@ -100,8 +199,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a parameter, gradient or state cannot be used: sparse, complex, on another
                 device, ...; the message names it.
-            ValueError: a hyperparameter is not finite, or a precision mode does not fit a
-                parameter's dtype.
+            ValueError, TypeError: a setting was changed to what it cannot be, or a precision mode
+                does not fit a parameter's dtype.
         """
         loss = None
         if closure is not None:
@@ -149,7 +248,7 @@ class Optimizer(torch.optim.Optimizer):
             )
             return (hooked if is_watched else step)(self, *args, **kwargs)
 
-        return wrapper
+        return untraced(wrapper)
 
     def _measure(self, inv_scale: float) -> None:
         """Sets `grad_norm` for a step that is skipped."""
@@ -159,40 +258,58 @@ class Optimizer(torch.optim.Optimizer):
             grads = [param.grad for param in params if param.grad is not None]
             self.grad_norm = get_total_norm(grads) * inv_scale
 
+    @_on_real
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as in torch.
+        """Adds a group, as in torch; warns of keys that look like a setting's name with a typo.
 
         Raises:
             ValueError: a setting is out of range.
+            TypeError: a setting is of a wrong type.
         """
         if isinstance(param_group, dict):
-            _check_settings(self.rule, {**self.defaults, **param_group})
+            settings.check_group(
+                self.rule,
+                {**self.defaults, **param_group},
+                len(self.param_groups),
+                self.defaults,
+                may_wait=True,
+            )
+            settings.warn_of_typos(param_group, self.defaults, type(self).__name__)
         with self._lock:
             super().add_param_group(param_group)
 
+    @_on_real
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
-        copies them, so that the optimizer shares no memory with ``state_dict``. ``master_weights``
-        and ``state_dtype`` remain what they are; what the state dict has in another form is
-        converted, masters by the next step. So the model may be loaded before or after this; but
-        before it, where its parameters had 16 bits and have 32 now. A state dict of torch is
-        rounded as it has to be.
+        copies them, so that the optimizer shares no memory with ``state_dict``. ``max_norm``,
+        ``clip_value``, ``master_weights`` and ``state_dtype`` stay those of this optimizer's groups
+        (a copy by `copy.deepcopy` or `pickle` has them too). What the state dict has in another
+        form is converted, masters by the next step. So the model may be loaded before or after
+        this; but before it, where its parameters had 16 bits and have 32 now. A state dict of torch
+        is rounded as it has to be.
+
+        NaN and infinite numbers are loaded: a run that diverged has saved them. Entries of a
+        parameter's state that no optimizer of torch or fastopt has are yours, and kept.
 
         Args:
             lossy: convert also what cannot be converted exactly.
 
         Raises:
             ValueError: a conversion would lose something (without ``lossy``), or the state dict
-                has other groups; nothing was changed.
+                has other groups, states of another rule, too few, or impossible values, or a
+                setting out of range; nothing was changed.
+            TypeError: a setting is of a wrong type, or this is no state dict; nothing was changed.
             RuntimeError: a state does not fit its parameter; nothing was changed.
         """
+        checkpoints.check_form(state_dict)
         saved: list[Group] = []
 
         def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+            prepared = checkpoints.prepare(optimizer, state_dict)
             saved.extend(state_dict["param_groups"])
-            return checkpoints.prepare(optimizer, state_dict)
+            return prepared
 
         with self._lock:
             # Registered only now, to run after the user's hooks.
@@ -207,6 +324,7 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 handle.remove()
 
+    @_on_real
     def torch_state_dict(self) -> dict[str, Any]:
         """`state_dict` as `torch.optim` wants it, where ``state_dtype`` is ``"8bit"``.
 
@@ -215,6 +333,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         return checkpoints.for_torch(self)
 
+    @_on_real
     def master_params(self) -> Iterator[Tensor]:
         """The parameters at full precision, in the order of the groups, for evaluation or export.
 
@@ -230,6 +349,7 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state.get(param, {})
                 yield precision.master(group, param, state, Place(group, g, i))
 
+    @_on_real
     def state_dict(self) -> dict[str, Any]:
         """As in torch; remainders are 0 where the parameter was written since the last step.
 
@@ -246,18 +366,20 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 handle.remove()
 
+    @_on_real
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
+        if "_shared" not in vars(self):
+            self._begin()
         self._plan = None
-        self._lock = getattr(self, "_lock", None) or _new_lock()
+        self._good_settings = set()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._captured = getattr(self, "_captured", [])
         checkpoints.restore(self)
 
 
@@ -287,54 +409,38 @@ if hasattr(os, "register_at_fork"):  # the thread that holds a lock is not there
     os.register_at_fork(after_in_child=_free_locks)
 
 
-# The names that torch gives them in its messages.
-_NON_NEGATIVE = {
-    "lr": "learning rate",
-    "momentum": "momentum value",
-    "weight_decay": "weight_decay value",
-    "eps": "epsilon value",
-    "alpha": "alpha value",
-    "lr_decay": "lr_decay value",
-    "initial_accumulator_value": "initial_accumulator_value value",
-    "clip_value": "clip_value",
-}
-
-
-def _check_settings(rule: Rule, group: Group) -> None:
-    """Raises as the optimizers' docstrings say; messages as in torch where it has them."""
-    precision.check_settings(rule, group)
-    for key, words in _NON_NEGATIVE.items():
-        value = group.get(key)
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Tensor {key} must be 1-element")
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"Invalid {words}: {value}")
-    for index, beta in enumerate(group.get("betas", ())):
-        if not 0 <= beta < 1:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
-    if group["max_norm"] is not None and not group["max_norm"] >= 0:
-        raise ValueError(f"Invalid max_norm: {group['max_norm']}")
-    if not math.isfinite(group.get("dampening", 0)):
-        raise ValueError(f"Invalid dampening value: {group['dampening']}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group.get("differentiable"):
-        raise NotImplementedError(
-            "differentiable=True is not supported: autograd cannot see through a fused step; "
-            "use the torch.optim class of the same name"
-        )
-    if group.get("foreach") and group.get("fused"):
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The defaults of a param group: all arguments of a constructor but these."""
     others = ("self", "params", "backend", "__class__")
     return {key: value for key, value in arguments.items() if key not in others}
 
 
+C = TypeVar("C", bound=type[Optimizer])
+
+
+def _documented(cls: C) -> C:
+    """Adds to a class's docstring, which has its own arguments, those that it shares."""
+    if cls.__doc__ and Optimizer.__doc__:  # not with python -OO
+        summary, own = inspect.cleandoc(cls.__doc__).split("Args:\n")
+        _, shared = inspect.cleandoc(Optimizer.__doc__).split("Args:\n")
+        common = shared.replace("    lr, ...: the rule's own settings.", own)
+        cls.__doc__ = f"{summary}Args:\n{common}"
+    return cls
+
+
+@_documented
 class SGD(Optimizer):
-    """SGD with momentum, as `torch.optim.SGD`; arguments: see `Optimizer`."""
+    """SGD with momentum, as `torch.optim.SGD`.
+
+    Args:
+        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
+        momentum (default 0): the factor on the old ``momentum_buffer``; 0: there is none.
+        dampening (default 0): 1 minus the factor on the gradient that is added to it, but for the
+            first one.
+        weight_decay (default 0): times the parameter, added to the gradient.
+        nesterov (default False): step by the gradient plus ``momentum`` times the new buffer,
+            instead of by the buffer; wants a ``momentum``, and no ``dampening``.
+    """
 
     rule = RULES["sgd"]
     variants = (
@@ -360,18 +466,24 @@ class SGD(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
-        master_weights: str | None = "auto",
-        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
         seed: int = 0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
 
 
+@_documented
 class Adagrad(Optimizer):
-    """Adagrad, as `torch.optim.Adagrad`; arguments: see `Optimizer`.
+    """Adagrad, as `torch.optim.Adagrad`. The states exist from the start, as in torch.
 
-    The states exist from the start, as in torch.
+    Args:
+        lr (default 1e-2): the learning rate, a number or a tensor of one, read at each step.
+        lr_decay (default 0): in step t, ``lr`` is divided by 1 + (t - 1) * lr_decay.
+        weight_decay (default 0): times the parameter, added to the gradient.
+        initial_accumulator_value (default 0): what ``sum``, of the squared gradients, starts from.
+        eps (default 1e-10): added to the root of ``sum``, by which the gradient is divided.
     """
 
     rule = RULES["adagrad"]
@@ -393,10 +505,10 @@ class Adagrad(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
-        master_weights: str | None = "auto",
-        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
         seed: int = 0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
 
@@ -419,6 +531,7 @@ class Adagrad(Optimizer):
             self.state.update(before)
             raise
 
+    @_on_real
     def share_memory(self) -> None:
         """Moves the states to shared memory, for training by several processes."""
         for state in self.state.values():
@@ -426,10 +539,18 @@ class Adagrad(Optimizer):
                 tensor.share_memory_()
 
 
+@_documented
 class RMSprop(Optimizer):
-    """RMSprop, as `torch.optim.RMSprop`; arguments: see `Optimizer`.
+    """RMSprop, as `torch.optim.RMSprop`, but never NaN where ``centered`` meets rounding.
 
-    Other than torch's, it is never NaN where ``centered`` meets rounding.
+    Args:
+        lr (default 1e-2): the learning rate, a number or a tensor of one, read at each step.
+        alpha (default 0.99): the factor on the old averages, of which a new gradient gets the rest.
+        eps (default 1e-8): added to the root of ``square_avg``, by which the gradient is divided.
+        weight_decay (default 0): times the parameter, added to the gradient.
+        momentum (default 0): the factor on the old ``momentum_buffer``; 0: there is none.
+        centered (default False): divide by the root of the variance: of ``square_avg`` minus the
+            square of ``grad_avg``.
     """
 
     rule = RULES["rmsprop"]
@@ -457,16 +578,27 @@ class RMSprop(Optimizer):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
-        master_weights: str | None = "auto",
-        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
         seed: int = 0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
 
 
+@_documented
 class Adam(Optimizer):
-    """Adam and AMSGrad, as `torch.optim.Adam`; arguments: see `Optimizer`."""
+    """Adam and AMSGrad, as `torch.optim.Adam`.
+
+    Args:
+        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
+        betas (default (0.9, 0.999)): the factors on the old ``exp_avg`` and ``exp_avg_sq``, numbers
+            or tensors of one; new gradients and their squares get the rest.
+        eps (default 1e-8): added to the root of the second moment, by which the first is divided.
+        weight_decay (default 0): times the parameter, added to the gradient.
+        amsgrad (default False): divide by the largest second moment so far, ``max_exp_avg_sq``.
+        decoupled_weight_decay (default False): decay as AdamW does.
+    """
 
     rule = RULES["adam"]
     variants = ({}, {"amsgrad": True})
@@ -488,16 +620,26 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
         clip_value: float | None = None,
-        master_weights: str | None = "auto",
-        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
         seed: int = 0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__(params, _settings(locals()), backend)
 
 
+@_documented
 class AdamW(Adam):
-    """Adam with decoupled weight decay, as `torch.optim.AdamW`; arguments: see `Optimizer`."""
+    """Adam with decoupled weight decay, as `torch.optim.AdamW`.
+
+    Args:
+        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
+        betas (default (0.9, 0.999)): the factors on the old ``exp_avg`` and ``exp_avg_sq``, numbers
+            or tensors of one; new gradients and their squares get the rest.
+        eps (default 1e-8): added to the root of the second moment, by which the first is divided.
+        weight_decay (default 1e-2): times ``lr``, the part of the parameter that is taken off.
+        amsgrad (default False): divide by the largest second moment so far, ``max_exp_avg_sq``.
+    """
 
     def __init__(
         self,
@@ -515,13 +657,13 @@ class AdamW(Adam):
         fused: bool | None = None,
         max_norm: float | None = None,
         clip_value: float | None = None,
-        master_weights: str | None = "auto",
-        state_dtype: torch.dtype | str = torch.float32,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
         seed: int = 0,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
-        settings = _settings(locals())
-        super().__init__(params, **settings, backend=backend, decoupled_weight_decay=True)
+        arguments = _settings(locals())
+        super().__init__(params, **arguments, backend=backend, decoupled_weight_decay=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dispatch, precision, reference
+from . import dispatch, reference, settings
 from .devices import capturing, moved
 from .items import Item, Place, Undo, find, make_states, take_back
 from .scalars import Rows
@@ -94,8 +94,8 @@ class Plan:
         self.on_device = rows.on_device
         # All that may raise comes before the states are made: they would pass for old ones later.
         rows.check()
-        for group in self.groups:
-            precision.check_settings(self.rule, group)
+        for g, group in enumerate(self.groups):
+            settings.check_group(self.rule, group, g, optimizer.defaults)
         places = [
             Place(group, g, i)
             for g, group in enumerate(optimizer.param_groups)

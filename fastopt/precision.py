@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,20 @@ from .packing import PACKINGS, SUM_BLOCK, Stored, bits, checksums, memory_order,
 from .reference import arithmetic_dtype
 from .rules import Group, Rule
 
-MASTER_WEIGHTS = ("auto", "fp32", "split", "stochastic", None)
-STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
+MasterWeights = Literal["auto", "fp32", "split", "stochastic"] | None
+StateDtype = torch.dtype | Literal["8bit", "float32", "bfloat16", "torch.float32", "torch.bfloat16"]
+
+MASTER_WEIGHTS: tuple[MasterWeights, ...] = ("auto", "fp32", "split", "stochastic", None)
+#: By what it may be called; state dicts have dtypes as words.
+STATE_DTYPES: dict[StateDtype, torch.dtype | Literal["8bit"]] = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    "8bit": "8bit",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "torch.float32": torch.float32,
+    "torch.bfloat16": torch.bfloat16,
+}
 
 State = dict[str, Any]
 
@@ -103,7 +115,7 @@ def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
 
 
 def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: object) -> Kept:
-    wanted = group["state_dtype"]
+    wanted = state_dtype(group)
     if wanted == torch.float32:  # or, in fact, the dtype of the arithmetic
         return Kept(name, None, name, None)
     if param.dtype == torch.float64:
@@ -122,38 +134,29 @@ def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: objec
 
 def _coded(rule: Rule, name: str) -> Kept:
     packing = "unsigned_codes" if name in rule.non_negative else "codes"
-    return Kept(name, packing, f"{name}_codes", f"{name}_scale")
+    return Kept(name, packing, *coded_keys(name))
 
 
-def check_settings(rule: Rule, group: Group) -> None:
-    """Raises where no parameter could have these settings.
+def coded_keys(name: str) -> tuple[str, str]:
+    """The keys of a state in 8 bits."""
+    return f"{name}_codes", f"{name}_scale"
 
-    Raises:
-        ValueError: so it is.
-    """
-    if group["master_weights"] not in MASTER_WEIGHTS:
-        raise ValueError(
-            f"Invalid master_weights: {group['master_weights']!r} (one of "
-            f"{', '.join(map(repr, MASTER_WEIGHTS))})"
-        )
-    state_dtype = group["state_dtype"]
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(
-            f"Invalid state_dtype: {state_dtype!r} (one of {', '.join(map(repr, STATE_DTYPES))})"
-        )
-    if reason := rule.unfit(group, state_dtype):
-        raise ValueError(
-            f"state_dtype={state_dtype!r} is not for {rule.name}: {reason}, which needs more "
-            "precision; use torch.float32"
-        )
-    seed = group["seed"]
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"Invalid seed: {seed!r} (an integer from 0 to 2**32 - 1)")
+
+def state_dtype(group: Group) -> torch.dtype | Literal["8bit"]:
+    """What a group's ``state_dtype`` means."""
+    return STATE_DTYPES[group["state_dtype"]]
 
 
 def is_random(forms: list[Kept]) -> bool:
     """Whether something is rounded stochastically, for which steps are counted."""
     return any(form.packing is not None and PACKINGS[form.packing].is_random for form in forms)
+
+
+def counts_steps(rule: Rule, state: State, forms: list[Kept]) -> bool:
+    """Whether a parameter's ``state`` can have a ``step``: for a rule that counts none, for random
+    numbers, or beside its states, which tells the first step."""
+    has_states = len(forms) > 1 and all(_is_there(form, state) for form in forms[1:])
+    return rule.counts_steps or is_random(forms) or has_states
 
 
 def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: object) -> None:
@@ -341,7 +344,7 @@ def _source(
         return other
     if _is_in_place(form, param, state):
         return None
-    if form.packing == "stochastic":  # of another dtype
+    if form.packing == "stochastic":  # of another dtype or order
         return Kept(form.numbers, None, form.a, None)
     return form
 
@@ -366,8 +369,8 @@ def _sums(param: Tensor, remainder: Tensor) -> Tensor | None:
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
-    """Whether the entries are as kernels need them: of their dtypes; second arrays, and codes, in
-    the order of the parameter's elements in memory."""
+    """Whether the entries are as kernels need them: of their dtypes, and all arrays of a packing in
+    the order of the parameter's elements in memory, by which blocks and random numbers go."""
     if not _is_there(form, state):
         return False
     if form.packing is None:
@@ -375,9 +378,9 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
     packing = PACKINGS[form.packing]
     if form.a is not None and state[form.a].dtype != packing.a:
         return False
-    ordered = [form.a] if packing.is_coded else [form.b]
+    ordered = form.keys[:1] if packing.is_coded else form.keys
     dims = memory_order(param)
-    return all(key is None or state[key].permute(dims).is_contiguous() for key in ordered)
+    return all(state[key].permute(dims).is_contiguous() for key in ordered)
 
 
 def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:

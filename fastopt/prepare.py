@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from .dynamo import untraced
+
 M = TypeVar("M", bound=Module)
 
 
+@untraced
 def prepare(
     model: M,
     dtype: torch.dtype = torch.bfloat16,

@@ -116,6 +116,7 @@ class Rule:
         initial: what the states are filled with at first.
         non_negative: the names of the states that are never negative.
         unfit: why the states of a param group cannot have a ``state_dtype``; "" where they can.
+        sparse: torch's class for sparse gradients, if it has one.
     """
 
     update: reference.Rule
@@ -126,6 +127,7 @@ class Rule:
     initial: Callable[[Group], float] = lambda group: 0.0
     non_negative: tuple[str, ...] = ()
     unfit: Callable[[Group, Any], str] = lambda group, state_dtype: ""
+    sparse: str = ""
 
     @property
     def name(self) -> str:
@@ -144,10 +146,14 @@ class Rule:
         """The same in one flat list, tensors as they are."""
         return list(_flat(group[key] for key in self.keys))
 
+    @cached_property
+    def possible(self) -> tuple[str, ...]:
+        """The states that param groups can call for, in the order in which kernels take them."""
+        return tuple(inspect.signature(self.update).parameters)[3:]
+
     def gap(self, names: tuple[str, ...]) -> int | None:
         """Before which of the states called ``names`` one is missing that the rule can have."""
-        possible = tuple(inspect.signature(self.update).parameters)[3:]
-        return next((i for i, name in enumerate(names) if name != possible[i]), None)
+        return next((i for i, name in enumerate(names) if name != self.possible[i]), None)
 
     def scalars_of(self, hyperparameters: tuple[Any, ...], step: float) -> tuple[float, ...]:
         """`scalars` of one step.
@@ -191,6 +197,7 @@ RULES: dict[str, Rule] = {
             SGDScalars._fields,
             lambda group: _with_momentum((), group),
             counts_steps=False,
+            sparse="torch.optim.SGD",
         ),
         Rule(
             reference.adagrad,
@@ -202,6 +209,7 @@ RULES: dict[str, Rule] = {
             unfit=lambda group, state_dtype: (
                 "its sum only grows, by less and less" if state_dtype == "8bit" else ""
             ),
+            sparse="torch.optim.Adagrad",
         ),
         Rule(
             reference.rmsprop,
@@ -227,6 +235,7 @@ RULES: dict[str, Rule] = {
                 else ("exp_avg", "exp_avg_sq")
             ),
             non_negative=("exp_avg_sq", "max_exp_avg_sq"),
+            sparse="torch.optim.SparseAdam",
         ),
     )
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import settings
 from .devices import is_on_device, moved
 from .rules import Group
 
@@ -42,11 +43,8 @@ class Scaling(NamedTuple):
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Scaling:
-        return cls(
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-            optimizer._findings,
-        )
+        shared = optimizer._shared
+        return cls(shared.grad_scale, shared.found_inf, shared.findings)
 
     @property
     def on_device(self) -> bool:
@@ -82,9 +80,12 @@ class Rows:
         self.rule = optimizer.rule
         self.groups = optimizer.param_groups
         self.scaling = Scaling.of(optimizer)
+        self._names = (*self.rule.keys, *_CLIPPING, "capturable", "seed")
         first: dict[Any, int] = {}
         self.like = [first.setdefault(self._key(group), g) for g, group in enumerate(self.groups)]
         self.distinct = list(first.values())
+        if not first.keys() <= optimizer._good_settings:
+            self._check_settings(first, optimizer._good_settings)
         self.on_device = self.scaling.on_device or any(
             self.groups[g]["capturable"]
             or any(map(is_on_device, self.rule.settings(self.groups[g])))
@@ -93,12 +94,20 @@ class Rows:
         self.known: dict[tuple[int, float], tuple[float, ...]] = {}
         self.kept: list[Tensor] = []  # until the kernels that read them have been launched
 
+    def _check_settings(self, first: dict[Any, int], good: set[Any]) -> None:
+        """Checks settings by key, unless they are ``good``: checked before, and constant."""
+        for key, g in first.items():
+            if key not in good:
+                settings.check(self.groups[g], g, self._names)
+        good.clear()
+        good.update(filter(_is_constant, first))
+
     def _key(self, group: Group) -> Any:
-        key = tuple(map(group.get, (*self.rule.keys, *_CLIPPING, "capturable", "seed")))
+        key = tuple(map(group.get, self._names))
         try:
             hash(key)
         except TypeError:  # a list of betas
-            return object()
+            return (object(),)
         return key
 
     @cached_property
@@ -109,16 +118,11 @@ class Rows:
         """Raises what the other methods would, without waiting for a device.
 
         Raises:
-            ValueError: a setting is not finite, or out of range.
+            ValueError: a scalar that settings make is not finite.
         """
         for g in self.distinct:
-            self.clipping(g)
-            settings = self.rule.settings(self.groups[g])
-            known = [setting for setting in settings if not is_on_device(setting)]
-            if len(known) == len(settings):
+            if not any(map(is_on_device, self.rule.settings(self.groups[g]))):
                 self.scalars(g, 1.0)
-            elif not all(map(math.isfinite, known)):
-                raise ValueError(f"a hyperparameter is not finite, nothing was changed: {known}")
 
     def scalars(self, group: int, step: float) -> tuple[float, ...]:
         """The rule's."""
@@ -133,9 +137,6 @@ class Rows:
         maximize, clip_value, max_norm = map(self.groups[group].get, _CLIPPING)
         clip_value = math.inf if clip_value is None else clip_value
         max_norm = math.inf if max_norm is None else max_norm
-        for name, bound in (("clip_value", clip_value), ("max_norm", max_norm)):
-            if not bound >= 0:
-                raise ValueError(f"Invalid {name} in param group {group}: {bound}")
         return -1.0 if maximize else 1.0, clip_value, max_norm
 
     def driver(
@@ -177,4 +178,10 @@ class Rows:
         return b"".join(map(rows.__getitem__, self.like))
 
 
+def _is_constant(key: tuple[Any, ...]) -> bool:
+    """Whether it holds numbers and flags only, not tensors, which change in place."""
+    return all(type(x) in _CONSTANTS or (type(x) is tuple and _is_constant(x)) for x in key)
+
+
+_CONSTANTS = (float, int, bool, type(None))
 _CLIPPING = ("maximize", "clip_value", "max_norm")

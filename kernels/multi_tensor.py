@@ -220,15 +220,13 @@ class MultiTensor:
         with guard(self.device):
             if partials is not None and not self.on_device:
                 self._clip(partials, norm)
-            for wave in range(self.n_waves):
+            for wave, (staged, launches) in enumerate(self.by_wave):
                 if self.on_device:
                     self._compute_scalars(wave, partials, norm, grad_scale, found_inf, finds_inf)
-                staged = [staged for i, staged in self.staged.items() if self.waves[i] == wave]
                 for target in staged:
                     target.load()
-                for kind, chunks in self.launches:
-                    if kind.wave == wave:
-                        self._update(kind, chunks)
+                for kind, chunks in launches:
+                    self._update(kind, chunks)
                 for target in staged:
                     target.store()
         return norm
@@ -291,23 +289,31 @@ class MultiTensor:
 
     def _schedule(self, active: list[int]) -> None:
         """Plans the launches for the targets that have a gradient."""
-        self.waves = waves(self.extents, active)
-        # A wave of nothing computes the norm all the same.
-        self.n_waves = max(0, *self.waves) + 1
+        wave_of = waves(self.extents, active)
         slots = self._slots(active)
         by_kind: dict[_Kind, list[int]] = {}
         by_dtype: dict[tl.dtype, list[int]] = {}
         for i in active:
             if self.numels[i]:
-                kind = self.kinds[i]._replace(wave=self.waves[i])
+                kind = self.kinds[i]._replace(wave=wave_of[i])
                 by_kind.setdefault(kind, []).append(i)
                 by_dtype.setdefault(kind.dtypes[1], []).append(i)
         self.launches = [(kind, self._cut(i, slots)) for kind, i in by_kind.items()]
+        # Of each wave what is staged and what is launched. One of nothing computes the norm all the
+        # same.
+        self.by_wave: list[tuple[list[Staged], list[tuple[_Kind, _Chunks]]]] = [
+            ([], []) for _ in range(max(0, *wave_of) + 1)
+        ]
+        for i, staged in self.staged.items():
+            if wave_of[i] >= 0:
+                self.by_wave[wave_of[i]][0].append(staged)
+        for kind, chunks in self.launches:
+            self.by_wave[kind.wave][1].append((kind, chunks))
         if len(by_kind) == 1:  # the common case
             self.norm_launches = [(kind.dtypes[1], chunks) for kind, chunks in self.launches]
         else:
             self.norm_launches = [(dtype, self._cut(i, slots)) for dtype, i in by_dtype.items()]
-        self.wave_of = self._upload(torch.tensor(self.waves, device="cpu"))
+        self.wave_of = self._upload(torch.tensor(wave_of, device="cpu"))
         # A zero where there is no chunk.
         self.partials = torch.zeros(max(slots[-1], 1), dtype=torch.float64, device=self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,8 +107,17 @@ def waves(extents: Sequence[tuple[int, int]], active: Sequence[int]) -> list[int
 
 def _number(cluster: list[int], extents: Sequence[tuple[int, int]], found: list[int]) -> None:
     """Numbers the waves of targets that are connected by shared memory."""
-    cluster = sorted(cluster)
-    for k, i in enumerate(cluster):
-        for j in cluster[:k]:
-            if extents[i][0] < extents[j][1] and extents[j][0] < extents[i][1]:
-                found[i] = max(found[i], found[j] + 1)
+    if len(cluster) < 2:
+        return
+    # The latest wave that writes each address from starts[k] to starts[k + 1].
+    starts, latest = [0], [-1]
+    for i in sorted(cluster):
+        begin, end = extents[i]
+        first, last = bisect_right(starts, begin) - 1, bisect_left(starts, end)
+        found[i] = max(latest[first:last]) + 1
+        new_starts, new_latest = [begin, end], [found[i], latest[last - 1]]
+        if starts[first] < begin:
+            new_starts, new_latest = [starts[first], *new_starts], [latest[first], *new_latest]
+        if last < len(starts) and starts[last] == end:
+            del new_starts[-1], new_latest[-1]
+        starts[first:last], latest[first:last] = new_starts, new_latest

@@ -121,7 +121,7 @@ def assert_same_history(found, wanted):
 
 
 def check(cls, how, dtype=torch.float32, unscale=False, **settings):
-    """The same as with torch's scaler."""
+    """The same as with torch's scaler, whether it leaves unscaling to the step or not."""
 
     def run(scaler_class, **how):
         optimizer = cls(new_params(SHAPES, dtype), lr=0.01, **settings, **how)
@@ -129,6 +129,7 @@ def check(cls, how, dtype=torch.float32, unscale=False, **settings):
 
     found = run(fastopt.GradScaler, **how)
     assert_same_history(found, run(torch.amp.GradScaler))
+    assert_same_history(found, run(torch.amp.GradScaler, fused=True))
     return found
 
 
@@ -432,17 +433,73 @@ def test_state_dict():
 
 
 def test_a_step_that_raises_leaves_nothing_behind():
-    optimizer = fastopt.SGD(new_params(SHAPES), lr=1.0, max_norm=math.inf)
+    optimizer = fastopt.AdamW(new_params(SHAPES), lr=1.0, weight_decay=10.0, max_norm=math.inf)
     scaler = new_scaler(fastopt.GradScaler)
     give_grads(optimizer, scaler, 0)
-    optimizer.param_groups[0]["lr"] = math.nan
+    optimizer.param_groups[0]["lr"] = 1e308  # whose product with the weight decay is infinite
     with pytest.raises(ValueError, match="nothing was changed"):
         scaler.step(optimizer)
-    assert not vars(optimizer).keys() & {"grad_scale", "found_inf", "_findings"}
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    assert not optimizer._shared.scaled
+    assert optimizer._shared.findings is None
     optimizer.param_groups[0]["lr"] = 1.0
     grads = [param.grad for param in parameters(optimizer)]
     scaler.step(optimizer)
     assert optimizer.grad_norm == fastopt.get_total_norm(grads) / scaler.get_scale()
+
+
+ASKS = [{"fused": True}, {"max_norm": 0.5}, {"max_norm": math.inf, "clip_value": 1.0}]
+ASKS_NOT = [{}, {"fused": False}, {"clip_value": 0.02}, {"foreach": True}]
+
+
+@pytest.mark.parametrize("settings", [*ASKS, *ASKS_NOT], ids=str)
+@pytest.mark.parametrize("cls", fastopt.OPTIMIZERS)
+def test_scaling_is_the_steps_business_where_asked_for(cls, settings):
+    """Else torch's scaler does it, as frameworks expect: Lightning clips before the step, and
+    Accelerate wants to know that there was none."""
+    optimizer = cls(new_params(SHAPES), lr=0.01, **settings)
+    asks = settings in ASKS
+    made = []
+    optimizer.register_step_pre_hook(lambda *_: made.append(True))
+    scaler = new_scaler(torch.amp.GradScaler)
+    for step, fault in enumerate(FAULTS):
+        assert optimizer._step_supports_amp_scaling == asks
+        give_grads(optimizer, scaler, step, fault)
+        params = parameters(optimizer)
+        scaled, scale = [param.grad.clone() for param in params], scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        wanted = scaled if asks else [grad / scale for grad in scaled]
+        assert_same_bits([param.grad for param in params], wanted)
+    assert len(made) == (len(FAULTS) if asks else FAULTS.count(None))
+
+
+def test_one_group_asks_for_all():
+    optimizer = fastopt.SGD(new_params(SHAPES))
+    optimizer.add_param_group({"params": new_params([(2,)]), "max_norm": 1.0})
+    assert optimizer._step_supports_amp_scaling
+    optimizer.param_groups[1]["max_norm"] = None
+    assert not optimizer._step_supports_amp_scaling
+
+
+def test_gradients_in_fp16():
+    """Torch's scaler refuses to unscale them, so the step does."""
+    assert fastopt.SGD(new_params(SHAPES, torch.float16))._step_supports_amp_scaling
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        train(torch.amp.GradScaler, [torch.optim.SGD(new_params(SHAPES, torch.float16))])
+
+
+@pytest.mark.parametrize("settings", [*ASKS, *ASKS_NOT], ids=str)
+def test_our_scaler_always_leaves_it_to_the_step(no_pass_of_torch, settings):
+    optimizer = fastopt.SGD(new_params(SHAPES), lr=0.01, **settings)
+    supports = []
+    optimizer.register_step_pre_hook(
+        lambda optimizer, *_: supports.append(optimizer._step_supports_amp_scaling)
+    )
+    train(fastopt.GradScaler, [optimizer])
+    assert supports == [True] * len(FAULTS)
+    assert optimizer._step_supports_amp_scaling == (settings in ASKS)
 
 
 @each_way

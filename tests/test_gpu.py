@@ -575,6 +575,8 @@ def test_an_overflow_changes_nothing(cls, variant, scaler_class):
 def test_grad_scaler_does_not_wait(cls, scaler_class, flags):
     params = make_params(GPU)
     weights = [make_grads(params, seed) for seed in range(5)]
+    if scaler_class is torch.amp.GradScaler:
+        flags = {"fused": True, **flags}  # else it reads whether to skip
     optimizer = cls(params, lr=0.01, **flags)
     scaler = scaler_class("cuda")
     for weight in weights[:3]:

@@ -212,3 +212,18 @@ def test_sparse_gradient():
     param.grad = torch.zeros(3).to_sparse()
     with pytest.raises(RuntimeError, match=r"gradient 0, of shape \(3,\), is torch.sparse_coo"):
         fastopt.clip_grad_norm_([param], 1.0)
+
+
+def test_what_is_no_number_or_tensor():
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.full((3,), 2.0)
+    for bound in (None, "x", torch.ones(2)):
+        with pytest.raises(TypeError, match="max_norm must be a number, not "):
+            fastopt.clip_grad_norm_([param], bound)
+        with pytest.raises(TypeError, match="norm_type must be a number, not "):
+            fastopt.clip_grad_norm_([param], 1.0, bound)
+        with pytest.raises(TypeError, match="clip_value must be a number, not "):
+            fastopt.clip_grad_value_([param], bound)
+    with pytest.raises(TypeError, match="tensor 1 is 'x': give tensors"):
+        fastopt.get_total_norm([param, "x"])
+    assert param.grad.tolist() == [2, 2, 2]

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 
@@ -58,8 +59,63 @@ def test_gradients_replaced_by_another_thread():
     assert all(torch.equal(param, torch.ones(100_000)) for param in params)
 
 
+def steps_of_an_inference():
+    with torch.inference_mode():
+        return torch.tensor(5.0)
+
+
+STEPS = {
+    "int": lambda: 5,
+    "int64": lambda: torch.tensor(5),
+    "double": lambda: torch.tensor(5.0, dtype=torch.float64),
+    "with a dimension": lambda: torch.tensor([5.0]),
+    "expanded": lambda: torch.tensor([[5.0]]).expand(1, 1),
+    "part of an array": lambda: torch.arange(9.0)[5],
+    "negated": lambda: torch._neg_view(torch.tensor(-5.0)),
+    "wrapper": lambda: TwoTensor(torch.tensor(5.0), torch.tensor(5.0)),
+    "parameter": lambda: torch.nn.Parameter(torch.tensor(5.0)),
+    "inference": steps_of_an_inference,
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("step", [math.nan, -1.0, "three", torch.ones(3), torch.ones(0)])
+@pytest.mark.parametrize("cls", [fastopt.SGD, fastopt.AdamW])
+def test_steps_of_any_kind(cls, backend, step):
+    """They count on from there, as fp32 on the CPU; also where the rule has no use for them."""
+    param = param_with(torch.ones(3))
+    optimizer = cls([param], backend=backend)
+    optimizer.step()
+    optimizer.state[param]["step"] = STEPS[step]()
+    for count in (6, 7):
+        optimizer.step()
+        found = optimizer.state[param]["step"]
+        assert type(found) is torch.Tensor
+        assert (found.dtype, found.shape, found.requires_grad) == (torch.float32, (), False)
+        assert found == count
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_several_parameters(backend):
+    """Each counts its own steps."""
+    params = [param_with(torch.ones(3)) for _ in range(3)]
+    optimizer = fastopt.AdamW(params, backend=backend)
+    for param, step in zip(params, torch.tensor([5.0]).expand(3), strict=True):
+        optimizer.state[param]["step"] = step
+    optimizer.step()
+    params[1].grad = None
+    optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [7, 6, 7]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(math.nan, -1.0, "three", None, torch.ones(3), torch.ones(0), torch.tensor(1j)),
+        *(torch._neg_view(torch.ones(())), torch.ones(1).to_sparse(), torch.ones(1, device="meta")),
+    ],
+)
 def test_steps_that_are_no_numbers(backend, step):
     params = [param_with(torch.ones(3)) for _ in range(2)]
     optimizer = fastopt.Adam(params, backend=backend)
@@ -70,6 +126,9 @@ def test_steps_that_are_no_numbers(backend, step):
         optimizer.step()
     assert torch.equal(params[0], before)
     assert optimizer.state[params[0]]["step"] == 1
+    params[1].grad = None
+    optimizer.step()  # which does not need it
+    assert optimizer.state[params[0]]["step"] == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

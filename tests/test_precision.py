@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_bits import ISAS, layouts, machine, strided
 
 import fastopt
-from fastopt.packing import CODE_BLOCK, nearest_bfloat16
+from fastopt.packing import CODE_BLOCK, Stored, nearest_bfloat16
 
 pytestmark = masked_out
 
@@ -82,6 +82,90 @@ def test_same_bits_on_every_instruction_set(dtype, mode):
         with machine(isa, threads):
             found = train(fastopt.AdamW, dtype, "cpp", amsgrad=True, **mode)
         assert_same_bits(found, wanted)
+
+
+def after_states_moved(backend, tensors, dtype, flags):
+    """Parameters and states after steps before and after the states got memory of other layouts."""
+    generator = torch.Generator().manual_seed(0)
+    params = [strided(shape, *both[0], dtype, generator).detach() for shape, both in tensors]
+    optimizer = fastopt.AdamW([p.requires_grad_() for p in params], backend=backend, **flags)
+    take_steps(optimizer, range(1))
+    for param, (shape, both) in zip(params, tensors, strict=True):
+        for key, value in optimizer.state[param].items():
+            if value.shape == shape and key != "step":
+                moved = strided(shape, *both[1], value.dtype, generator)
+                optimizer.state[param][key] = moved.copy_(value)
+    take_steps(optimizer, range(1, 3))
+    return finish(optimizer)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(layouts(), min_size=1, max_size=3), st.sampled_from(MODES))
+def test_states_of_any_layout(tensors, mode):
+    """Random numbers and blocks go by the parameter's memory, whatever that of the states is."""
+    wanted = after_states_moved("reference", tensors, *mode)
+    assert_same_bits(after_states_moved("cpp", tensors, *mode), wanted)
+
+
+@interpreted
+@settings(deadline=None, max_examples=5)
+@given(st.lists(layouts(), min_size=1, max_size=2), st.sampled_from(MODES))
+def test_states_of_any_layout_in_triton(tensors, mode):
+    wanted = after_states_moved("reference", tensors, *mode)
+    assert_same_bits(after_states_moved("triton", tensors, *mode), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_of_another_layout_are_kept(backend):
+    """Converting them to the parameter's changes no number, and happens once."""
+    (param,) = new_params([(12, 24)], torch.bfloat16)
+    optimizer = fastopt.AdamW([param], lr=0.0, betas=(0.0, 0.0), state_dtype=torch.bfloat16)
+    take_steps(optimizer, range(1))
+    state = optimizer.state[param]
+    state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+    before = state["exp_avg"].clone()
+    take_steps(optimizer, [0])  # exact: the same gradient in bf16
+    assert state["exp_avg"].stride() == param.stride()
+    assert torch.equal(state["exp_avg"], before)
+    kept = state["exp_avg"]
+    take_steps(optimizer, range(1))
+    assert state["exp_avg"] is kept
+
+
+def decoded(backend, codes, scale):
+    """What a backend makes of 8-bit states with a sign: the steps p = -0 - 1 * (buffer + -0)."""
+    param = torch.full(codes.shape, -0.0).requires_grad_()
+    settings = {"lr": 1.0, "momentum": 1.0, "state_dtype": "8bit"}
+    optimizer = fastopt.SGD([param], backend=backend, **settings)
+    param.grad = torch.full(codes.shape, -0.0)
+    optimizer.step()
+    state = optimizer.state[param]
+    state["momentum_buffer_codes"].copy_(codes)
+    state["momentum_buffer_scale"].copy_(scale)
+    with torch.no_grad():
+        param.fill_(-0.0)
+    optimizer.step()
+    return -param.detach()
+
+
+def test_every_code_is_decoded_alike():
+    """Of both zeros too: code 128 is -0."""
+    codes = torch.arange(256).to(torch.uint8).repeat(3)
+    scale = torch.tensor([1.0, 2.0**-120, 1e30])
+    wanted = Stored(codes, "codes", scale).unpack(torch.float32).view(torch.int32)
+    assert (wanted[128], wanted[0]) == (-(2**31), 0)
+    for isa in ISAS:
+        with machine(isa, 1):
+            assert torch.equal(decoded("cpp", codes, scale).view(torch.int32), wanted)
+    assert torch.equal(decoded("reference", codes, scale).view(torch.int32), wanted)
+
+
+@interpreted
+def test_every_code_is_decoded_alike_in_triton():
+    codes = torch.arange(256).to(torch.uint8)
+    wanted = Stored(codes, "codes", torch.ones(1)).unpack(torch.float32)
+    found = decoded("triton", codes, torch.ones(1))
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
 
 
 @interpreted

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from helpers import assert_same_bits
 
 import fastopt
 from fastopt import dispatch, plan, rules, torch_fields
@@ -74,6 +75,56 @@ def test_step_after_fork():
     assert run_python(code).stdout.split() == ["True", "0"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_first_step_after_fork():
+    """The parent's workers are torch's, and it has made no optimizer yet."""
+    code = (
+        "import os, signal, fastopt, torch; torch.set_num_threads(2)\n"
+        "p, grad = torch.zeros(1 << 18).requires_grad_(), torch.ones(1 << 18)\n"
+        "torch.zeros(1 << 20).add_(1).exp_()\n"
+        "if child := os.fork():\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "else:\n"
+        "    signal.alarm(30)\n"
+        "    p.grad = grad; fastopt.SGD([p], lr=1.0, max_norm=1e9).step()\n"
+        "    os._exit(0 if p.detach()[-1].item() == -1 else 1)\n"
+    )
+    assert run_python(code).stdout.split() == ["0"]
+
+
+@pytest.mark.parametrize("flushes", [True, False])
+def test_the_callers_floating_point_mode(flushes):
+    """Denormal numbers are flushed in all threads or in none, and no worker's mode is changed."""
+    n = 300_000  # several tasks
+    param, *grads = (torch.full((n,), x) for x in (1e-39, 3e-40, 2e-39))
+
+    def whether_workers_flush():
+        return bool((param * 1.0 == 0).any())
+
+    def stepped(threads):
+        torch.set_num_threads(threads)
+        assert not whether_workers_flush()  # who are there now: new ones inherit the caller's mode
+        if not torch.set_flush_denormal(flushes) and flushes:
+            pytest.skip("this processor cannot flush denormal numbers")
+        p = param.clone().requires_grad_()
+        optimizer = fastopt.SGD([p], lr=0.5, momentum=0.9, max_norm=1.0, backend="cpp")
+        for p.grad in grads:
+            optimizer.step()
+        torch.set_flush_denormal(False)
+        assert not whether_workers_flush()
+        return [p.detach(), optimizer.state[p]["momentum_buffer"], optimizer.grad_norm]
+
+    before = torch.get_num_threads()
+    try:
+        wanted, *others = map(stepped, (1, 2, 3, 8))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert bool((wanted[0] == 0).all()) == flushes
+    for found in others:
+        assert_same_bits(found, wanted)
+
+
 def test_forced_instruction_set():
     for isa in _C.supported_isas():
         found = run_python("import fastopt; print(fastopt.backends()['cpp'])", FASTOPT_ISA=isa)
@@ -106,6 +157,12 @@ def test_table_and_extension_agree():
     for (name, _), scalars in compiled.items():
         if name != "assign":
             assert tuple(scalars.split(", ")) == rules.RULES[name].scalar_names
+
+
+def test_without_the_extension():
+    code = "import sys; sys.modules['fastopt._C'] = None; import fastopt; print(fastopt.backends())"
+    found = run_python(code).stdout
+    assert "'cpp': Backend(available=False, detail='the compiled extension cannot be" in found
 
 
 def test_an_extension_of_another_version_is_not_used(monkeypatch):

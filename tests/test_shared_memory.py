@@ -1,0 +1,366 @@
+"""Tensors that share memory: the result does not depend on what is written first, or the step
+raises before it has changed anything. And thousands of odd ones, in no quadratic time."""
+
+import pytest
+import torch
+from helpers import BACKENDS, assert_same_bits, interpreted, masked_out
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.testing._internal.two_tensor import TwoTensor
+
+import fastopt
+from fastopt.kernels.targets import waves
+
+pytestmark = masked_out
+
+each_backend = pytest.mark.parametrize(
+    "backend", [*BACKENDS, pytest.param("triton", marks=interpreted)]
+)
+
+
+def numbers(*shape):
+    return torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+
+
+def new_optimizer(backend, cls=fastopt.AdamW, n=2, **settings):
+    """And its parameters, after a step: of shape (6, 6)."""
+    params = [numbers(6, 6).requires_grad_() for _ in range(n)]
+    optimizer = cls(params, backend=backend, **settings)
+    for param in params:
+        param.grad = torch.ones(6, 6)
+    optimizer.step()
+    return optimizer, params
+
+
+def transposed(params, state):
+    params[0].grad = params[0].detach().t()
+
+
+def shifted(params, state):
+    buffer = numbers(7, 6)
+    params[0].data = buffer[:6]
+    params[0].grad = buffer[1:]
+
+
+def expanded(params, state):
+    params[0].grad = params[0].detach()[0].expand(6, 6)
+
+
+def another_parameter(params, state):
+    params[0].grad = params[1].detach()
+
+
+def part_of_another_parameter(params, state):
+    buffer = numbers(9, 6)
+    params[1].data = buffer[:6]
+    params[0].grad = buffer[3:]
+
+
+def interleaved(params, state):
+    """The gradient's odd columns are the parameter's even ones."""
+    buffer = numbers(6, 14)
+    params[0].data = buffer[:, 0:12:2]
+    params[0].grad = buffer[:, 2:14:2]
+
+
+def own_state(params, state):
+    params[0].grad = state[params[0]]["exp_avg"].t()
+
+
+def anothers_state(params, state):
+    params[0].grad = state[params[1]]["exp_avg_sq"]
+
+
+def of_two_parameters(params, state):
+    """A gradient that is the parameter, which another one overlaps."""
+    params[1].data = params[0].data
+    params[0].grad = params[0].detach()
+
+
+def state_of_two(params, state):
+    state[params[0]]["exp_avg"] = state[params[1]]["exp_avg"]
+
+
+def state_that_is_two(params, state):
+    state[params[0]]["exp_avg"] = state[params[0]]["exp_avg_sq"]
+
+
+def state_in_a_parameter(params, state):
+    state[params[0]]["exp_avg"] = params[1].detach()
+
+
+def step_in_a_parameter(params, state):
+    state[params[0]]["step"] = params[0].detach()[0, 0]
+
+
+GRADIENT = "parameter 0 of group 0, of shape (6, 6), has a gradient that shares memory with "
+STATE = "parameter 0 of group 0, of shape (6, 6), has a state 'exp_avg' that shares memory with "
+ONE = "parameter 1 of group 0, of shape (6, 6)"
+ILL_DEFINED = {
+    transposed: GRADIENT + "the parameter itself, in another arrangement: clone it",
+    shifted: GRADIENT + "the parameter itself, in another arrangement: clone it",
+    expanded: GRADIENT + "the parameter itself, in another arrangement: clone it",
+    interleaved: GRADIENT + "the parameter itself, in another arrangement: clone it",
+    another_parameter: f"{GRADIENT}{ONE}: clone it",
+    part_of_another_parameter: f"{GRADIENT}{ONE}: clone it",
+    own_state: GRADIENT + "its state 'exp_avg': clone it",
+    anothers_state: f"{GRADIENT}the state 'exp_avg_sq' of {ONE}: clone it",
+    of_two_parameters: f"{GRADIENT}{ONE}: clone it",
+    state_of_two: "has a state 'exp_avg' that shares memory with the state 'exp_avg' of parameter ",
+    state_that_is_two: "that shares memory with its state ",
+    state_in_a_parameter: f"{STATE}{ONE}: clone it",
+    step_in_a_parameter: "a state 'step' that shares memory with the parameter itself: clone it",
+}
+
+
+@each_backend
+@pytest.mark.parametrize("share", ILL_DEFINED, ids=lambda share: share.__name__)
+def test_ill_defined(share, backend):
+    optimizer, params = new_optimizer(backend)
+    share(params, optimizer.state)
+    arrays = [value for param in params for value in optimizer.state[param].values()]
+    arrays += [tensor for param in params for tensor in (param.detach(), param.grad)]
+    before = [array.clone() for array in arrays]
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step()
+        assert ILL_DEFINED[share] in str(raised.value)
+        assert_same_bits(arrays, before)
+
+
+def same(params, state):
+    params[0].grad = params[0].detach()
+
+
+def same_as_a_state(params, state):
+    params[0].grad = state[params[0]]["exp_avg"]
+
+
+def columns(params, state):
+    """Views of one buffer that interleave without sharing an element."""
+    buffer = numbers(6, 6, 8)
+    for i, param in enumerate(params):
+        param.data = buffer[..., i]
+        param.grad = buffer[..., 2 + i]
+        state[param]["exp_avg"] = buffer[..., 4 + i].zero_()
+        state[param]["exp_avg_sq"] = buffer[..., 6 + i].zero_()
+
+
+def one_gradient(params, state):
+    params[1].grad = params[0].grad
+
+
+def rows(params, state):
+    buffer = numbers(4, 6, 6)
+    for i, param in enumerate(params):
+        param.data, param.grad = buffer[i], buffer[2 + i]
+
+
+@each_backend
+@pytest.mark.parametrize("share", [same, same_as_a_state, columns, one_gradient, rows])
+def test_well_defined(share, backend):
+    """The same bits as without sharing."""
+
+    def after_steps(shares):
+        optimizer, params = new_optimizer(backend, lr=0.1)
+        for _ in range(2):
+            share(params, optimizer.state)
+            if not shares:
+                for param in params:
+                    param.grad = param.grad.clone()
+                    param.data = param.data.clone()
+            optimizer.step()
+        states = [optimizer.state[param][key] for param in params for key in ("exp_avg", "step")]
+        return [*(param.detach().contiguous() for param in params), *states]
+
+    assert_same_bits(after_steps(True), after_steps(False))
+
+
+@each_backend
+def test_in_a_later_step_of_one_plan(backend):
+    """Of the same shape and strides: nothing but the address tells."""
+    optimizer, params = new_optimizer(backend, fastopt.SGD, n=3, lr=0.5)
+    params[2].grad = None
+    optimizer.step()
+    for step in range(4):
+        for param in params[:2]:
+            param.grad = torch.ones(6, 6)
+        optimizer.step()
+        if step % 2:
+            params[2].grad = params[2].detach()
+            optimizer.step()
+        params[1].grad = params[0].detach()
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(RuntimeError, match="parameter 1 .* shares memory with parameter 0 "):
+            optimizer.step()
+        assert_same_bits([param.detach() for param in params], before)
+
+
+@each_backend
+def test_a_parameter_that_stands_twice(backend):
+    param = numbers(3).requires_grad_()
+    optimizer = fastopt.SGD([{"params": [param]}], lr=0.5, momentum=0.5, backend=backend)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": [param]})
+    param.grad = torch.ones(3)
+    for _ in range(2):
+        optimizer.step()
+    assert param.tolist() == [1 - 0.5 * (1 + 1.5 + 1.75 + 1.875) + i for i in range(3)]
+
+
+def test_wrappers_without_memory():
+    """Where theirs is, is not known."""
+    param = torch.nn.Parameter(TwoTensor(numbers(4), numbers(4)))
+    param.grad = param.detach()
+    fastopt.SGD([param], lr=0.5, backend="reference").step()
+    assert torch.equal(param.a, numbers(4) / 2)
+
+
+@st.composite
+def views(draw):
+    """Shape, and for two parameters and their gradients strides and offset in one buffer."""
+    shape = draw(st.sampled_from([(1,), (3,), (2, 2), (2, 3)]))
+    strides = st.tuples(*(st.integers(1, 6) for _ in shape))
+    return shape, [(draw(strides), draw(st.integers(0, 30))) for _ in range(4)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(views())
+def test_any_views_of_one_buffer(drawn):
+    """What raises is what the sets of places say, and the rest has the reference's bits."""
+    shape, places = drawn
+    indices = torch.arange(80)
+    *params, first, second = (
+        indices.as_strided(shape, *place).flatten().tolist() for place in places
+    )
+    assume(all(len(set(places)) == len(places) for places in params))
+    others = params[1], params[0]
+    well_defined = all(
+        not set(grad) & set(other) and (grad == param or not set(grad) & set(param))
+        for param, grad, other in zip(params, (first, second), others, strict=True)
+    )
+
+    def after_step(backend):
+        buffer = numbers(80)
+        first, second, *grads = (buffer.as_strided(shape, *place) for place in places)
+        first.requires_grad_().grad, second.requires_grad_().grad = grads
+        fastopt.SGD([first, second], lr=0.5, max_norm=1.0, backend=backend).step()
+        return [buffer]
+
+    if well_defined:
+        assert_same_bits(after_step("cpp"), after_step("reference"))
+    for backend in () if well_defined else BACKENDS:
+        with pytest.raises(RuntimeError, match="has a gradient that shares memory with .*: clone"):
+            after_step(backend)
+
+
+def in_order(extents, active):
+    """Waves by their definition: quadratic."""
+    found = [-1] * len(extents)
+    for k, i in enumerate(active):
+        earlier = [
+            found[j]
+            for j in active[:k]
+            if max(extents[i][0], extents[j][0]) < min(extents[i][1], extents[j][1])
+        ]
+        found[i] = max(earlier, default=-1) + 1
+    return found
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8), st.booleans()), max_size=12))
+def test_waves(tensors):
+    extents = [(begin, begin + size) for begin, size, _ in tensors]
+    active = [i for i, (*_, is_active) in enumerate(tensors) if is_active]
+    assert waves(extents, active) == in_order(extents, active)
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4])  # in pairs, as a chain, none
+def test_many_waves(stride):
+    n = 20_000
+    begins = [8 * (i // 2) + i % 2 if stride == 2 else stride * i for i in range(n)]
+    extents = [(begin, begin + 4) for begin in begins]
+    wanted = [i if stride == 3 else i % 2 if stride == 2 else 0 for i in range(n)]
+    assert waves(extents, range(n)) == wanted
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=10))
+def test_overlapping_parameters(places):
+    """They are updated one after the other, as a plain loop would."""
+
+    def after_steps(backend):
+        buffer = numbers(30)
+        params = [buffer[begin : begin + n].requires_grad_() for begin, n in places]
+        optimizer = fastopt.SGD(params, lr=0.5, weight_decay=0.1, backend=backend)
+        for param in params:
+            param.grad = torch.ones(param.shape)
+        for _ in range(2):
+            optimizer.step()
+        return [buffer]
+
+    assert_same_bits(after_steps("cpp"), after_steps("reference"))
+
+
+OVERLAPS = {"pairs": (lambda i: 3 * (i // 2) + i % 2, 2), "chain": (lambda i: i, 2)}
+
+
+@pytest.mark.parametrize("overlap", [*OVERLAPS, "same"])
+def test_many_overlapping_parameters(overlap):
+    """20,000: in pairs, each with the next one, all."""
+    begin, size = OVERLAPS.get(overlap, (lambda i: 0, 1))
+    n = 20_000
+    buffer, wanted = torch.zeros(2, begin(n) + size)
+    params = [buffer[begin(i) : begin(i) + size].requires_grad_() for i in range(n)]
+    grad = torch.ones(size)
+    for i, param in enumerate(params):
+        param.grad = grad
+        wanted[begin(i) : begin(i) + size] -= 1
+    optimizer = fastopt.SGD(params, lr=1.0)
+    for steps in (1, 2):
+        optimizer.step()
+        assert torch.equal(buffer, steps * wanted)
+
+
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=interpreted)])
+def test_many_steps_of_their_own(backend):
+    """20,000 parameters that have all made other numbers of steps."""
+    n = 20_000 if backend == "cpp" else 50
+    params = [torch.ones(1).requires_grad_() for _ in range(n)]
+    optimizer = fastopt.Adam(params, lr=1.0, betas=(0.5, 0.5), eps=0.0, backend=backend)
+    for i, param in enumerate(params):
+        param.grad = torch.ones(1)
+        moments = {key: torch.zeros(1) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[param] = {"step": torch.tensor(float(i % (n - 10))), **moments}
+    optimizer.step()
+    optimizer.step()
+    steps = torch.arange(n) % (n - 10) + 2.0
+    assert torch.equal(torch.stack([optimizer.state[param]["step"] for param in params]), steps)
+    # The bias corrections of both moments, 1/2 and then 3/4 of ones.
+    wanted = torch.ones(n, dtype=torch.float64)
+    for step, moment in ((steps.double() - 1, 0.5), (steps.double(), 0.75)):
+        wanted -= moment**0.5 / (1 - 0.5**step) ** 0.5
+    torch.testing.assert_close(torch.cat(params).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_many_parameters_that_are_their_gradients():
+    """20,000 of them: as many stretches of shared memory."""
+    params = [torch.ones(3).requires_grad_() for _ in range(20_000)]
+    for param in params:
+        param.grad = param.detach()
+    fastopt.SGD(params, lr=0.5).step()
+    assert all(param.tolist() == [0.5] * 3 for param in params)
+
+
+def test_many_columns():
+    """20,000 parameters, gradients and states, all in one stretch of memory."""
+    n = 20_000
+    buffer = torch.ones(3, 3 * n)
+    columns = buffer.unbind(1)
+    params = [column.detach().requires_grad_() for column in columns[:n]]
+    optimizer = fastopt.SGD(params, lr=0.5, momentum=0.5)
+    for param, grad, momentum in zip(params, columns[n : 2 * n], columns[2 * n :], strict=True):
+        param.grad = grad
+        optimizer.state[param]["momentum_buffer"] = momentum
+    optimizer.step()
+    assert torch.equal(buffer[:, :n], torch.full((3, n), 0.25))
+    assert torch.equal(buffer[:, 2 * n :], torch.full((3, n), 1.5))
