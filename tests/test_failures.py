@@ -131,13 +131,14 @@ class Runs:
         return made
 
 
-def interrupt(case, before, opcodes=False, sample=None):
-    """At each place of a step, or at a sample of so many."""
+def interrupt(case, before, sample, opcodes=False):
+    """At a sample of the places in a step, and at each of the last ones, where it is made."""
     runs = Runs(case, before)
     optimizer = runs.at_the_step()
     with Interruption(opcodes=opcodes) as counted:
         optimizer.step()
-    places = range(0, counted.places, max(1, counted.places // (sample or counted.places)))
+    n = counted.places
+    places = sorted({*range(0, n, max(1, n // sample)), *range(max(0, n - sample), n)})
     made = 0
     for place in places:
         optimizer = runs.at_the_step()
@@ -157,16 +158,15 @@ ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 @ignored
 @pytest.mark.parametrize("before", [0, 2])
 def test_interrupted_somewhere_in_python(case, before):
-    interrupt(case, before, sample=50)
+    interrupt(case, before, 40)
 
 
 @each_case
 @ignored
 @pytest.mark.full
 @pytest.mark.parametrize("before", [0, 1, 3])
-def test_interrupted_anywhere_in_python(case, before):
-    """At every instruction."""
-    interrupt(case, before, opcodes=True)
+def test_interrupted_at_instructions_of_python(case, before):
+    interrupt(case, before, 500, opcodes=True)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,8 @@ MODES = {
     FP32: [("auto", FP32), (None, BF16), ("auto", "8bit")],
     FP64: [("auto", FP32)],
 }
-KEPT = ("master_weights", "state_dtype")
+#: What state dicts do not change.
+KEPT = ("master_weights", "state_dtype", "max_norm", "clip_value")
 #: Settings that may change at any time, where the rule has them.
 CHANGES = {
     "lr": [0.1, 0.01, 1e-3, 0.0],
@@ -106,7 +107,7 @@ class Twin:
         slack: by how much ``number`` may be wrong, after writes from outside.
         t: steps that the states have seen.
         rounds: the next step keeps the states in another form, and rounds them first.
-        is_cast: the parameter has another dtype than in its last step.
+        is_left_over: its state has entries that the next step drops.
     """
 
     number: torch.Tensor
@@ -116,11 +117,13 @@ class Twin:
     slack: torch.Tensor | float = 0.0
     t: int = 0
     rounds: bool = False
-    is_cast: bool = False
+    is_left_over: bool = False
 
     @classmethod
-    def new(cls, param):
-        return cls(in_fp64(param), in_fp64(param), param.detach().clone())
+    def new(cls, param, state=()):
+        """Of a parameter that was not stepped yet; Adagrad's has a state all the same."""
+        states = {name: state_of(name, state) for name in state if name == "sum"}
+        return cls(in_fp64(param), in_fp64(param), param.detach().clone(), states)
 
 
 def in_fp64(tensor):
@@ -242,8 +245,7 @@ class Side:
             if not isinstance(x, torch.Tensor):
                 return x
             readable = x.layout == torch.strided and (x.untyped_storage().nbytes() or not x.numel())
-            sums = getattr(x, "_checksums", None)  # of a remainder
-            return id(x), x._version, bits_of(x) if readable else None, seen(sums)
+            return id(x), x._version, bits_of(x) if readable else None
 
         return {
             "parameters": [seen(param) for param in self.params],
@@ -257,6 +259,13 @@ class Side:
                 for group in self.optimizer.param_groups
             ],
         }
+
+    def numbers(self):
+        """The bits of parameters and states."""
+        return [
+            (bits_of(param), {key: bits_of(torch.as_tensor(x)) for key, x in self.state(i).items()})
+            for i, param in enumerate(self.params)
+        ]
 
     @contextlib.contextmanager
     def raises(self, *errors):
@@ -425,7 +434,7 @@ class Life(RuleBasedStateMachine):
             self.sides.append(side)
         c["lr"] = float(torch.tensor(c["lr"])) if tensor_lr else c["lr"]
         self.settings = [dict(c) for _ in groups]
-        self.twins = [Twin.new(param) for param in self.first.params]
+        self.twins = [Twin.new(p, self.first.state(i)) for i, p in enumerate(self.first.params)]
 
     def teardown(self):
         if hasattr(self, "machine"):
@@ -475,9 +484,9 @@ class Life(RuleBasedStateMachine):
     def give_gradients(self, side, kinds, seed, scale=1.0):
         for i, param in enumerate(side.params):
             kind = kinds[i]
-            if self.twins[i].is_cast and kind in ("none", "keep"):
-                # Without a gradient, its old master goes in whichever step is planned anew: not the
-                # same one on all backends.
+            if self.twins[i].is_left_over and kind in ("none", "keep"):
+                # Without a gradient, they go in whichever step is planned anew: not the same one
+                # on all backends.
                 kind = "new"
             grad = param.grad
             values = random(param.shape, 100 * seed + i, scale).to(param.dtype)
@@ -567,7 +576,7 @@ class Life(RuleBasedStateMachine):
                 )
                 if key:
                     twin.states[key] = now
-            twin.number, twin.slack, twin.rounds, twin.is_cast = number, 0.0, False, False
+            twin.number, twin.slack, twin.rounds, twin.is_left_over = number, 0.0, False, False
             twin.master, twin.left = number, param.detach().clone()
 
     @rule(kinds=grad_kinds, seed=seeds, scale=scales, closure=st.booleans())
@@ -637,11 +646,11 @@ class Life(RuleBasedStateMachine):
         """By Ctrl-C somewhere in fastopt's Python code: it was made, or nothing has changed."""
         for side in self.sides:
             self.give_gradients(side, kinds, seed)
-            before = side.snapshot()
+            before = side.numbers()
             with contextlib.suppress(KeyboardInterrupt), Interruption(root**2) as interruption:
                 side.optimizer.step()
             count["interrupted"] += bool(interruption.where)
-            if interruption.where and side.snapshot() == before:
+            if interruption.where and side.numbers() == before:
                 side.optimizer.step()
         self.made_step(self.gradients())
 
@@ -715,6 +724,7 @@ class Life(RuleBasedStateMachine):
             side.optimizer.param_groups[g].update(master_weights=master, state_dtype=kept)
         for i, had in zip(members, had_master, strict=True):
             self.twins[i].rounds |= kept not in (FP32, before)
+            self.twins[i].is_left_over = True
             if not (had and self.has_master(i)):
                 self.without_master(i)
 
@@ -779,7 +789,7 @@ class Life(RuleBasedStateMachine):
                 side.params[i].data = side.params[i].data.to(dtype)
         for i in members:
             self.without_master(i)
-            self.twins[i].is_cast = True
+            self.twins[i].is_left_over = True
 
     @rule(i=places, way=st.sampled_from(["delete", "clear", "replace", "move", "number"]))
     def touch_states(self, i, way):
@@ -818,7 +828,8 @@ class Life(RuleBasedStateMachine):
             params = [self.parameter(side, *spec, dtype, n + k) for k, spec in enumerate(specs)]
             side.optimizer.add_param_group({"params": params, **c})
         self.settings.append(c)
-        self.twins += [Twin.new(param) for param in self.first.params[n:]]
+        for i in range(n, n + len(specs)):
+            self.twins.append(Twin.new(self.first.params[i], self.first.state(i)))
 
     @rule(
         bad=st.sampled_from(
@@ -864,16 +875,22 @@ class Life(RuleBasedStateMachine):
         another_mode=st.booleans(),
         through_torch=st.booleans(),
         swapped=st.booleans(),
-        changes=st.lists(a_change, max_size=2),
+        max_norm=st.sampled_from(CHANGES["max_norm"]),
     )
-    def resume(self, mode, another_mode, through_torch, swapped, changes):
+    def resume(self, mode, another_mode, through_torch, swapped, max_norm):
         """A new optimizer for the same parameters, of other settings, loads what this one saved."""
         params = self.first.params
         if through_torch and any(param.dtype == FP16 for param in params):
             return  # too narrow for squares
+        if any(
+            twin.states and not {*states_of(self.name, self.c(i))} <= twin.states.keys()
+            for i, twin in enumerate(self.twins)
+        ):
+            return  # incomplete: a momentum, say, since the last step only
         old, had_master = self.settings, [self.has_master(i) for i in range(len(params))]
         self.settings = [dict(c) for c in old]
         for g, c in enumerate(self.settings):
+            c["max_norm"] = max_norm
             dtypes = [p.dtype for p, h in zip(params, self.group_index, strict=True) if h == g]
             if another_mode:
                 c["master_weights"], c["state_dtype"] = self.mode_for(mode, c, dtypes or [FP32])
