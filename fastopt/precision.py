@@ -235,7 +235,8 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
 
 def settle(param: Tensor, state: Any) -> None:
     """Makes a remainder 0 where it belongs to what the parameter was before somebody wrote it."""
-    if isinstance(state, dict) and are_there(param, state, [_SPLIT]):
+    is_bf16 = param.dtype == torch.bfloat16  # else it was, and has a remainder until the next step
+    if is_bf16 and isinstance(state, dict) and are_there(param, state, [_SPLIT]):
         _SPLIT.stored(param, state).settle_()
 
 

@@ -1,11 +1,16 @@
 """What several test files share."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastopt
 from fastopt import dispatch
 
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(fastopt.__file__).parent  # of another build, where that is tested
 BACKENDS = ["cpp", "reference"]
 #: For tests that need Triton's interpreter.
 interpreted = pytest.mark.skipif(
@@ -64,3 +69,40 @@ def assert_near_torch(found, wanted):
 def assert_same_bits(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class Interruption:
+    """Raises an error at the ``at``-th place in fastopt's Python code, once.
+
+    Places are function calls and lines, or with ``opcodes`` every instruction: a signal may arrive
+    between a call and the use of its result.
+    """
+
+    FILES = str(PACKAGE)
+
+    def __init__(self, at=None, error=KeyboardInterrupt, opcodes=False):
+        self.left = at
+        self.error = error
+        self.opcodes = opcodes
+        self.places = 0
+        self.where = ""
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *args):
+        sys.settrace(None)
+
+    def trace(self, frame, event, arg):
+        if not frame.f_code.co_filename.startswith(self.FILES):
+            return None
+        frame.f_trace_opcodes = self.opcodes
+        if event in ("call", "opcode" if self.opcodes else "line"):
+            if self.places == self.left:
+                self.left = None
+                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+                sys.settrace(None)
+                raise self.error
+            self.places += 1
+        return self.trace

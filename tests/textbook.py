@@ -1,0 +1,136 @@
+"""The rules as their papers have them, in fp64, and how far a step in less precision may be off."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def textbook(name, c, t, p, g, s):
+    """The new parameter and states of the ``t``-th step of a rule, with settings ``c``."""
+    lr, decay = float(c["lr"]), c["weight_decay"]
+    if c.get("decoupled_weight_decay"):
+        p = p - lr * decay * p
+    else:
+        g = g + decay * p
+    if name == "sgd":
+        if not c["momentum"]:
+            return p - lr * g, {}
+        momentum, buf = c["momentum"], s.get("momentum_buffer")
+        buf = g if buf is None else momentum * buf + (1 - c["dampening"]) * g
+        return p - lr * (g + momentum * buf if c["nesterov"] else buf), {"momentum_buffer": buf}
+    if name == "adagrad":
+        total = s["sum"] + g**2
+        step_size = lr / (1 + (t - 1) * c["lr_decay"])
+        return p - step_size * g / (total.sqrt() + c["eps"]), {"sum": total}
+    if name == "rmsprop":
+        alpha = c["alpha"]
+        square = alpha * s["square_avg"] + (1 - alpha) * g**2
+        new, variance = {"square_avg": square}, square
+        if c["centered"]:
+            new["grad_avg"] = alpha * s["grad_avg"] + (1 - alpha) * g
+            variance = (square - new["grad_avg"] ** 2).clamp(min=0)
+        update = g / (variance.sqrt() + c["eps"])
+        if c["momentum"]:
+            update = new["momentum_buffer"] = c["momentum"] * s["momentum_buffer"] + update
+        return p - lr * update, new
+    beta1, beta2 = c["betas"]
+    new = {
+        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
+        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
+    }
+    second = new["exp_avg_sq"]
+    if c["amsgrad"]:
+        second = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], second)
+    denom = (second / (1 - beta2**t)).sqrt() + c["eps"]
+    return p - lr * new["exp_avg"] / (1 - beta1**t) / denom, new
+
+
+def states_of(name, c):
+    """The names of the states that a step uses."""
+    momentum = ["momentum_buffer"] * bool(c.get("momentum"))
+    return {
+        "sgd": momentum,
+        "adagrad": ["sum"],
+        "rmsprop": ["square_avg", *["grad_avg"] * bool(c.get("centered")), *momentum],
+        "adam": ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(c.get("amsgrad"))],
+    }[name]
+
+
+def textbook_step(name, c, t, p, g, s, eps, slack):
+    """What a step should make, and how far one in arithmetic of precision ``eps`` may be off.
+
+    Every input is moved a little, in turn, to see what that does to the results: the rounding
+    errors of some ten operations do no more than a change of each input, and of the results, by 16
+    half ulps. ``slack``: how far ``p`` may be from what is given.
+
+    Returns:
+        for the parameter ("") and each state: the number and the bound of its error.
+    """
+
+    def results(p, g, s):
+        new_p, new_s = textbook(name, c, t, p, g, s)
+        return {"": new_p, **new_s}
+
+    base = results(p, g, s)
+    error = {key: 8 * eps * x.abs() for key, x in base.items()}
+    error[""] += 8 * eps * p.abs()
+
+    def add(moved, factor):
+        for key, x in moved.items():
+            error[key] += factor * (x - base[key]).abs()
+
+    h = 2.0**-20
+    add(results(p * (1 + h), g, s), 8 * eps / h)
+    add(results(p, g * (1 + h), s), 8 * eps / h)
+    for key, x in s.items():
+        add(results(p, g, {**s, key: x * (1 + h)}), 8 * eps / h)
+    for sign in (1, -1) if torch.as_tensor(slack).any() else ():
+        add(results(p + sign * slack, g, s), 1)
+    return {key: (x, error[key]) for key, x in base.items()}
+
+
+def is_square(state):
+    return state in ("sum", "square_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def state_error(name, x, kept):
+    """How far rounding to a `state_dtype` moves a state.
+
+    bf16 goes to one of the two neighbours. A code stands for (z - 1) * scale, where z >= 1 has 5
+    bits of mantissa (4 for squares): it is at most (|x| + scale) / 32 away. The largest code, 14.75
+    (63,487) times the scale, stands for the largest of the elements that share a scale.
+    """
+    if kept == BF16:
+        return x.abs() / 128
+    if kept != "8bit" or not x.numel():
+        return torch.zeros_like(x)
+    bits, top = (4, 63487) if is_square(name) else (5, 14.75)
+    scale = (x.abs().max() / top).clamp(min=2.0**-120)  # a scale is never less
+    return (x.abs() + scale) / 2**bits * 1.001
+
+
+def param_error(x, dtype):
+    """How far rounding moves a parameter that has no master: to one of its two neighbours."""
+    if dtype not in (FP16, BF16):
+        return torch.zeros_like(x)
+    info = torch.finfo(dtype)
+    return x.abs() * info.eps + info.smallest_normal * info.eps
+
+
+def half_ulp(param):
+    """Of 16-bit numbers."""
+    info = torch.finfo(param.dtype)
+    exponent = torch.frexp(param.detach().double().abs().clamp(min=info.smallest_normal))[1]
+    return torch.ldexp(torch.tensor(info.eps / 4, dtype=FP64), exponent)
+
+
+def clip_coefs(groups, norm):
+    """The factor of each group's gradients."""
+    return [
+        1.0 if c["max_norm"] in (None, math.inf) else min(1.0, c["max_norm"] / (norm + 1e-6))
+        for c in groups
+    ]
