@@ -30,7 +30,6 @@ constexpr bool is_coded(Packing packing) {
 }
 
 inline constexpr int32_t kSumBlock = 256;  // elements that share a checksum
-inline constexpr uint32_t kSumFactor = 0x2c1b3c6d;
 inline constexpr int32_t kCodeBlock = 256;
 inline constexpr int64_t kItemBytes[kPackings] = {2, 2, 2, 2, 1, 1};  // of an element in `a`
 
@@ -177,22 +176,22 @@ struct Packed<Packing::unsigned_codes> : Codes<false> {};
 template <Packing packing, class Lanes>
 using LanesFor = std::conditional_t<packing == Packing::master_of_float16, OneLane, Lanes>;
 
-// A sum of products with odd numbers: any other number in a block, and all but certainly any others,
-// would change it.
+// Of products of 16-bit integers: any other number in a block would change it, and others all but
+// certainly.
 struct SumFactors {
-  uint32_t of[kSumBlock];
+  int16_t of[kSumBlock];
   constexpr SumFactors() : of() {
     for (uint32_t i = 0; i < kSumBlock; ++i) {
-      const uint32_t x = (i / 8 + 1) * 0x9e3779b1;
-      of[i] = i % 8 ? of[i - 1] * kSumFactor : (x ^ x >> 16) * kSumFactor | 1;
+      const uint32_t x = (i + 1) * 0x9e3779b1;
+      of[i] = static_cast<int16_t>((x ^ x >> 16) * 0x2c1b3c6d >> 17 | 1);
     }
   }
 };
 inline constexpr SumFactors kSumFactors;
 
-FASTOPT_INLINE uint32_t checksum(const uint16_t* a, int32_t n) {
+FASTOPT_INLINE uint32_t checksum(const int16_t* a, int32_t n) {
   uint32_t sum = 0;
-  for (int32_t i = 0; i < n; ++i) sum += a[i] * kSumFactors.of[i];
+  for (int32_t i = 0; i < n; ++i) sum += static_cast<uint32_t>(a[i] * kSumFactors.of[i]);
   return sum;
 }
 
@@ -205,7 +204,7 @@ struct Unpack {
       static constexpr int16_t nothing[kSumBlock] = {};
       for (int32_t begin = 0; begin < n; begin += kSumBlock) {
         const int32_t count = std::min(kSumBlock, n - begin);
-        const uint16_t* param = static_cast<const uint16_t*>(a) + begin;
+        const int16_t* param = static_cast<const int16_t*>(a) + begin;
         // Else somebody else wrote the parameter, and the remainder is out of date.
         const bool stands = checksum(param, count) == sums[begin / kSumBlock];
         const int16_t* remainder = stands ? static_cast<const int16_t*>(b) + begin : nothing;
@@ -268,7 +267,7 @@ struct Pack {
       });
       if constexpr (packing == Packing::remainder)
         for (int32_t begin = 0; begin < n; begin += kSumBlock)
-          sums[begin / kSumBlock] = checksum(static_cast<const uint16_t*>(a) + begin,
+          sums[begin / kSumBlock] = checksum(static_cast<const int16_t*>(a) + begin,
                                              std::min(kSumBlock, n - begin));
     }
   }

@@ -98,7 +98,7 @@ def _check_owner(rule: Rule, state: Any, where: Place) -> None:
 
 
 def _check_state(rule: Rule, group: Group, state: Mapping[str, Any], where: Place) -> None:
-    if "step" in state:
+    if "step" in state and not getattr(state["step"], "is_meta", False):  # see `convert`
         dispatch.check_step(state["step"], where, may_wait=True)
     there = [key for key, value in state.items() if value is not None]
     # A rule that counts no steps makes what is missing, and then makes a first step.

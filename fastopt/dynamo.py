@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch._C._dynamo import eval_frame
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_SKIP = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
 
 
 def untraced(function: F) -> F:
@@ -23,5 +17,9 @@ def untraced(function: F) -> F:
     around it, which would cost each call some microseconds and each process torch's compiler.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]  # a call ends the graph,
-    set_code_exec_strategy(function.__code__, _SKIP)  # and what is called then runs as it is
+    try:  # and what is called then runs as it is
+        skip = eval_frame._FrameExecStrategy(*[eval_frame._FrameAction.SKIP] * 2)
+        eval_frame.set_code_exec_strategy(function.__code__, skip)
+    except (AttributeError, TypeError):
+        pass  # another torch, which traces what is called: slow to compile, but right
     return function

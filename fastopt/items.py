@@ -148,6 +148,11 @@ def find(optimizer: Optimizer, place: Place, number: int, settings: list[Any]) -
     rule, param, grad = optimizer.rule, place.param, place.param.grad
     names = settings[place.group_index][0]
     state = optimizer.state.get(param, {})
+    if not isinstance(state, dict):
+        raise RuntimeError(
+            f"{place} has a state that is no dict ({dispatch.short(state)}): delete the "
+            "parameter's entry in optimizer.state"
+        )
     if grad is not None:
         dispatch.check(param, grad, place, rule.sparse)
         dispatch.check_step(state.get("step", 0.0), place)

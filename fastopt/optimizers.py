@@ -191,7 +191,11 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step: for all parameters that have a gradient, or none where it raises.
+        """Makes one step: for all parameters that have a gradient.
+
+        Or for none, if it raises or is interrupted: then parameters, states and step counts are
+        what they were, and the next step is as good as if this one had not been begun. Threads that
+        step one optimizer wait for each other.
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned here.

@@ -16,7 +16,6 @@ from torch import Tensor
 
 CODE_BLOCK = 256  # elements that share a scale
 SUM_BLOCK = 256  # elements that share a checksum
-SUM_FACTOR = 0x2C1B3C6D
 CHUNK = 8192  # elements that share a key
 SIGNED_MANTISSA, MANTISSA = 5, 4  # bits of a code with a sign, and without
 MIN_SCALE = 2.0**-120
@@ -63,19 +62,17 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 def checksums(param: Tensor, order: Tensor) -> Tensor:
     """One for each block of `SUM_BLOCK` bf16 numbers: int32.
 
-    A sum of products with odd numbers: any other number in a block, and all but certainly any
-    others, would change it.
+    Of products of 16-bit integers: any other number in a block would change it, and others all but
+    certainly.
 
     Args:
         order: a tensor in whose memory order the numbers are taken.
     """
-    x = param.detach().permute(memory_order(order)).reshape(-1).view(torch.int16).long() & 0xFFFF
-    eights = torch.nn.functional.pad(x, (0, -x.numel() % SUM_BLOCK)).view(-1, SUM_BLOCK // 8, 8)
-    powers = [pow(SUM_FACTOR, k, 2**32) for k in range(8)]
-    i = torch.arange(1, SUM_BLOCK // 8 + 1, device=param.device) * 0x9E3779B1 & 0xFFFFFFFF
-    factors = (i ^ i >> 16) * SUM_FACTOR & 0xFFFFFFFF | 1
-    sums = (eights * torch.tensor(powers, device=param.device)).sum(2) & 0xFFFFFFFF
-    return (sums * factors & 0xFFFFFFFF).sum(1).to(torch.int32)  # wraps
+    x = param.detach().permute(memory_order(order)).reshape(-1).view(torch.int16).long()
+    i = torch.arange(1, SUM_BLOCK + 1, device=param.device) * 0x9E3779B1 & 0xFFFFFFFF
+    factors = ((i ^ i >> 16) * 0x2C1B3C6D & 0xFFFFFFFF) >> 17 | 1
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % SUM_BLOCK)).view(-1, SUM_BLOCK)
+    return (blocks * factors).sum(1).to(torch.int32)  # wraps
 
 
 def _unpack_remainder(param: Tensor, remainder: Tensor) -> Tensor:

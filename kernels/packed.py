@@ -16,7 +16,6 @@ CODE_BLOCK = tl.constexpr(256)  # elements that share a scale, or a checksum
 SIGNED_MANTISSA = tl.constexpr(5)  # bits of a code with a sign
 MANTISSA = tl.constexpr(4)  # of one without
 MIN_SCALE = tl.constexpr(2.0**-120)
-FACTOR = tl.constexpr(0x2C1B3C6D)  # of checksums
 NAN = tl.constexpr(0x7FC00000)  # the bits of one
 ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 
@@ -53,17 +52,11 @@ def scales_at(begin):
 
 
 @triton.jit
-def checksums(bits):
-    """Those of the bits of BLOCK elements. Summed by eights first, which one thread has."""
-    at = tl.arange(0, BLOCK).to(tl.uint32)
-    powers = tl.where(at & 1 != 0, FACTOR, 1)
-    powers *= tl.where(at & 2 != 0, FACTOR * FACTOR & 0xFFFFFFFF, 1)
-    powers *= tl.where(at & 4 != 0, FACTOR * FACTOR * FACTOR * FACTOR & 0xFFFFFFFF, 1)
-    products = (bits.to(tl.uint32) * powers).to(tl.int32, bitcast=True)
-    eights = tl.sum(tl.reshape(products, (BLOCK // CODE_BLOCK, CODE_BLOCK // 8, 8)), 2)
-    x = (tl.arange(0, CODE_BLOCK // 8) + 1).to(tl.uint32) * 0x9E3779B1
-    factors = ((x ^ (x >> 16)) * FACTOR | 1).to(tl.int32, bitcast=True)
-    return tl.sum(eights * tl.expand_dims(factors, 0), 1)
+def checksums(numbers):
+    """Those of the bits of BLOCK elements, as int16."""
+    x = (tl.arange(0, BLOCK) % CODE_BLOCK + 1).to(tl.uint32) * 0x9E3779B1
+    factors = ((x ^ (x >> 16)) * 0x2C1B3C6D >> 17 | 1).to(tl.int32)
+    return tl.sum(in_code_blocks(numbers.to(tl.int32) * factors), 1)
 
 
 @triton.jit
@@ -87,7 +80,7 @@ def unpack(
         known = None if left is None else scales * CODE_BLOCK < left
         expected = load(sums, scales, known, tl.int32, tl.int32, False)
         # Else somebody else wrote the parameter, and the remainder is out of date.
-        stands = checksums(bits(value) >> 16) == expected
+        stands = checksums((bits(value) >> 16).to(tl.int16)) == expected
         remainder = tl.where(tl.expand_dims(stands, 1), in_code_blocks(remainder), 0)
         remainder = tl.reshape(remainder, (BLOCK,))
         master = from_bits(bits(value) + remainder.to(tl.uint32, bitcast=True))
@@ -136,7 +129,7 @@ def pack(
         if mask is not None:
             upper = tl.where(mask, upper, 0)
         # By the thread that has a block's first element, from where the sums are.
-        of_blocks = tl.expand_dims(checksums(upper), 1).broadcast_to(
+        of_blocks = tl.expand_dims(checksums(upper.to(tl.int16, bitcast=True)), 1).broadcast_to(
             BLOCK // CODE_BLOCK, CODE_BLOCK
         )
         of_blocks = tl.reshape(of_blocks, (BLOCK,))

@@ -14,10 +14,11 @@ int main() {
   for (int upper = 0; upper < 1 << 16; ++upper) {
     static thread_local float in[kBlock], out[kBlock];
     static thread_local uint16_t param[kBlock], remainder[kBlock];
+    static thread_local uint32_t sums[kBlock / kSumBlock];
     for (int lower = 0; lower < kBlock; ++lower)
       in[lower] = bit_cast<float>(static_cast<uint32_t>(upper) << 16 | lower);
-    Pack<Packing::remainder, EightLanes>::run(in, 0, 0, kBlock, param, remainder);
-    Unpack<Packing::remainder, EightLanes>::run(param, remainder, kBlock, out);
+    Pack<Packing::remainder, EightLanes>::run(in, 0, 0, kBlock, param, remainder, sums);
+    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, kBlock, out);
     int block_away = 0, block_wrong = 0;
     for (int i = 0; i < kBlock; ++i) {
       const bool nan = in[i] != in[i];
@@ -33,7 +34,9 @@ int main() {
     // Any remainder beside any parameter: `upper` and `lower`.
     std::fill(param, param + kBlock, static_cast<uint16_t>(upper));
     for (int lower = 0; lower < kBlock; ++lower) remainder[lower] = static_cast<uint16_t>(lower);
-    Unpack<Packing::remainder, EightLanes>::run(param, remainder, kBlock, out);
+    for (int i = 0; i < kBlock; i += kSumBlock)
+      sums[i / kSumBlock] = checksum(reinterpret_cast<const int16_t*>(param) + i, kSumBlock);
+    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, kBlock, out);
     const bool nan = (upper & 0x7fff) > 0x7f80;
     for (int i = 0; i < kBlock; ++i)
       block_wrong += nan ? out[i] == out[i] : static_cast<int>(nearest_bfloat16<OneLane>(out[i]) >> 16) != upper;

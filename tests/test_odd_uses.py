@@ -302,3 +302,19 @@ def test_shared_memory():
     optimizer.step()
     assert optimizer.state[param]["sum"].is_shared()
     assert optimizer.state[param]["sum"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", [None, [1], torch.ones(3)])
+def test_a_state_that_is_no_dict(state, backend):
+    param = param_with(torch.ones(3))
+    optimizer = fastopt.Adam([param], backend=backend)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param] = state
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0, .* a state that is no dict"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    del optimizer.state[param]
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
