@@ -6,12 +6,23 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test bench figures lint clean
+.PHONY: demo test sanitize bench figures lint clean
 demo: $(READY)
 	$(RUN) -m bench.demo
 
 test: $(READY)
 	$(RUN) -m pytest
+
+# What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+RUNTIME = $(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
+SANITIZED := bits guard_pages lifecycle norm odd_uses packing precision torch_fields
+sanitize: $(READY)
+	$(RUN) -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13'
+	CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" $(RUN) setup.py --quiet build \
+		--build-base build/sanitized --build-lib build/sanitized/lib
+	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest \
+		-o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/test_%.py)
 
 bench: $(READY)
 	$(RUN) -m bench run

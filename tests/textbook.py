@@ -125,7 +125,7 @@ def half_ulp(param):
     """Of 16-bit numbers."""
     info = torch.finfo(param.dtype)
     exponent = torch.frexp(param.detach().double().abs().clamp(min=info.smallest_normal))[1]
-    return torch.ldexp(torch.tensor(info.eps / 4, dtype=FP64), exponent)
+    return info.eps / 4 * torch.exp2(exponent.double())  # exact
 
 
 def clip_coefs(groups, norm):
