@@ -82,6 +82,16 @@ PYBIND11_MODULE(_C, m) {
     fields_known = true;
   });
   m.def("knows_torch_fields", [] { return fields_known; });
+  // Of n bf16 numbers.
+  m.def("checksums", [](uintptr_t from, int64_t n, uintptr_t to, int threads) {
+    py::gil_scoped_release release;
+    const auto* x = reinterpret_cast<const int16_t*>(from);
+    auto* sums = reinterpret_cast<uint32_t*>(to);
+    parallel_for((n + kSumBlock - 1) / kSumBlock, 256, threads, [&](int64_t i) {
+      const int64_t begin = i * kSumBlock;
+      sums[i] = checksum(x + begin, static_cast<int32_t>(std::min<int64_t>(kSumBlock, n - begin)));
+    });
+  });
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : kIsas)

@@ -176,8 +176,8 @@ struct Packed<Packing::unsigned_codes> : Codes<false> {};
 template <Packing packing, class Lanes>
 using LanesFor = std::conditional_t<packing == Packing::master_of_float16, OneLane, Lanes>;
 
-// Of products of 16-bit integers: any other number in a block would change it, and others all but
-// certainly.
+// A weighted sum of the 16-bit words. A change of one word always changes it; other changes may be
+// missed, once in about 2^16 blocks or more: then an old remainder moves them by half a bf16 step.
 struct SumFactors {
   int16_t of[kSumBlock];
   constexpr SumFactors() : of() {

@@ -193,8 +193,9 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step: for all parameters that have a gradient.
 
-        Or for none, if it raises or is interrupted: then parameters, states and step counts are
-        what they were, and the next step is as good as if this one had not been begun. Threads that
+        Or for none: if it raises, nothing has changed. If a signal interrupts it, it was made or
+        not; ``state[p]["step"]`` tells, where steps are counted. (Between Triton's launches, one for
+        each combination of dtypes, an interrupt may leave some parameters updated.) Threads that
         step one optimizer wait for each other.
 
         Args:
@@ -361,8 +362,6 @@ class Optimizer(torch.optim.Optimizer):
         state dicts that hold a dtype.
         """
         with self._lock:
-            for param, state in self.state.items():
-                precision.settle(param, state)
             # Registered only now, to run before the user's hooks.
             handle = self.register_state_dict_post_hook(_without_private, prepend=True)
             try:
@@ -390,8 +389,10 @@ class Optimizer(torch.optim.Optimizer):
 def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
         group["state_dtype"] = str(group["state_dtype"])
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     for key, state in state_dict["state"].items():
-        state_dict["state"][key] = precision.to_save(state)
+        param = params[key] if isinstance(key, int) and 0 <= key < len(params) else None
+        state_dict["state"][key] = precision.to_save(param, state)
 
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()

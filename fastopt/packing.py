@@ -62,17 +62,17 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 def checksums(param: Tensor, order: Tensor) -> Tensor:
     """One for each block of `SUM_BLOCK` bf16 numbers: int32.
 
-    Of products of 16-bit integers: any other number in a block would change it, and others all but
-    certainly.
+    A weighted sum of the 16-bit words. A change of one word always changes it; other changes may be
+    missed, once in about 2^16 blocks or more: then an old remainder moves them by half a bf16 step.
 
     Args:
         order: a tensor in whose memory order the numbers are taken.
     """
-    x = param.detach().permute(memory_order(order)).reshape(-1).view(torch.int16).long()
+    x = param.detach().permute(memory_order(order)).reshape(-1).view(torch.int16).int()
     i = torch.arange(1, SUM_BLOCK + 1, device=param.device) * 0x9E3779B1 & 0xFFFFFFFF
-    factors = ((i ^ i >> 16) * 0x2C1B3C6D & 0xFFFFFFFF) >> 17 | 1
+    factors = (((i ^ i >> 16) * 0x2C1B3C6D & 0xFFFFFFFF) >> 17 | 1).int()
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % SUM_BLOCK)).view(-1, SUM_BLOCK)
-    return (blocks * factors).sum(1).to(torch.int32)  # wraps
+    return (blocks * factors).sum(1, dtype=torch.int32)  # wraps
 
 
 def _unpack_remainder(param: Tensor, remainder: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ class Stored:
         """The numbers in the type of the arithmetic."""
         if self.packing is None:
             return self.a.detach().to(dtype)
-        return PACKINGS[self.packing].unpack(self.a.detach(), self._valid_b())
+        return PACKINGS[self.packing].unpack(self.a.detach(), self.valid_b())
 
     def pack_(self, x: Tensor, random: Random) -> None:
         """Stores numbers."""
@@ -271,14 +271,8 @@ class Stored:
             if self.sums is not None:
                 self.sums.copy_(checksums(self.a, self.b))
 
-    def settle_(self) -> None:
-        """Makes ``b`` 0 where it counts as 0."""
-        b = self._valid_b()
-        if self.b is not None and b is not None and self.sums is not None:
-            self.b.copy_(b)
-            self.sums.copy_(checksums(self.a, self.b))
-
-    def _valid_b(self) -> Tensor | None:
+    def valid_b(self) -> Tensor | None:
+        """What ``b`` counts as."""
         if self.b is None or self.sums is None:
             return self.b
         stands = checksums(self.a, self.b) == self.sums

@@ -229,22 +229,32 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
             remainder = made.new[form.b] if form.b in made.new else state[form.b]
             if _sums(param, remainder) is None:
                 # Not an entry of its own: state dicts, which may be resharded, are without it.
-                remainder._checksums = checksums(param, param)
+                made.new[form.b] = remainder.detach()
+                made.new[form.b]._checksums = _checksums(param, remainder)
     return made
 
 
-def settle(param: Tensor, state: Any) -> None:
-    """Makes a remainder 0 where it belongs to what the parameter was before somebody wrote it."""
-    is_bf16 = param.dtype == torch.bfloat16  # else it was, and has a remainder until the next step
-    if is_bf16 and isinstance(state, dict) and are_there(param, state, [_SPLIT]):
-        _SPLIT.stored(param, state).settle_()
-
-
-def to_save(state: Any) -> Any:
-    """A parameter's state without what is not saved."""
+def to_save(param: object, state: Any) -> Any:
+    """A parameter's state as it is saved: with the remainder that counts, without its checksums."""
     if not isinstance(state, dict) or "param_remainder" not in state:
         return state
-    return {**state, "param_remainder": state["param_remainder"].detach()}
+    remainder = state["param_remainder"]
+    if isinstance(param, Tensor) and are_there(param, state, [_SPLIT]):
+        stored = _SPLIT.stored(param, state)
+        if stored.sums is not None and not _checksums(param, remainder).equal(stored.sums):
+            remainder = stored.valid_b()
+    return {**state, "param_remainder": remainder.detach()}
+
+
+def _checksums(param: Tensor, order: Tensor) -> Tensor:
+    """As the specification's, which needs more memory than the parameter."""
+    extension = dispatch.extension()
+    in_order = param.detach().permute(memory_order(order))
+    if extension is None or param.device.type != "cpu" or not in_order.is_contiguous():
+        return checksums(param, order)
+    sums = torch.empty(_sums_shape(param), dtype=torch.int32, device="cpu")
+    extension.checksums(param.data_ptr(), param.numel(), sums.data_ptr(), torch.get_num_threads())
+    return sums
 
 
 def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
@@ -365,8 +375,11 @@ def _is_there(form: Kept, state: State) -> bool:
 def _sums(param: Tensor, remainder: Tensor) -> Tensor | None:
     """A remainder's `Stored.sums`; None where it has none that fit the parameter."""
     sums = getattr(remainder, "_checksums", None)
-    shape = (math.ceil(param.numel() / SUM_BLOCK),)
-    return sums if dispatch.fits(param, sums, shape, (torch.int32,)) else None
+    return sums if dispatch.fits(param, sums, _sums_shape(param), (torch.int32,)) else None
+
+
+def _sums_shape(param: Tensor) -> tuple[int]:
+    return (math.ceil(param.numel() / SUM_BLOCK),)
 
 
 def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:

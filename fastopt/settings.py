@@ -114,7 +114,7 @@ def _number(
             number = value.item()
         if not _is_real(number):
             _refuse(name, value, index, wanted, words, TypeError)
-        if not least <= number <= most:
+        if not least <= float(number) <= most:  # not as a np.float32, which overflows
             _refuse(name, value, index, wanted, words)
 
     return check
@@ -125,7 +125,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _check_betas(name: str, value: Any, index: int, may_wait: bool) -> None:
-    if not isinstance(value, (tuple, list)):
+    if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__len__"):
         _refuse(name, value, index, "must be two numbers from 0 to below 1", error=TypeError)
     if len(value) != 2:
         _refuse(name, value, index, "must be two numbers from 0 to below 1")

@@ -365,7 +365,6 @@ def test_a_written_parameter_costs_its_own_work_only(backend, past_the_version):
     params = new_params([(300,)] * 3, torch.bfloat16)
     optimizer = fastopt.AdamW(params, lr=0.0, weight_decay=0.0, backend=backend)
     before = [master.clone() for master in masters_of_steps(optimizer, params)]
-    made = plan.Plan
     with torch.no_grad():
         (params[1].data if past_the_version else params[1])[3] = 7.0
     with pytest.MonkeyPatch.context() as patch:
@@ -373,7 +372,6 @@ def test_a_written_parameter_costs_its_own_work_only(backend, past_the_version):
             patch.setattr("fastopt.optimizers.Plan", None)  # no new one
         set_grads(params, 9)
         optimizer.step()
-    assert made is plan.Plan
     found = list(optimizer.master_params())
     assert_same_bits([found[0], found[2]], [before[0], before[2]])
     assert_same_bits([found[1][256:]], [before[1][256:]])  # another block
