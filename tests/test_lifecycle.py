@@ -46,7 +46,7 @@ from textbook import (
 
 import fastopt
 from fastopt import dispatch
-from fastopt.packing import Stored
+from fastopt.packing import Stored, param_of
 
 _C = dispatch.extension()
 ISAS = _C.supported_isas() if _C else []
@@ -137,8 +137,8 @@ def number_of(param, state):
     if p.dtype == BF16 and (remainder := state.get("param_remainder")) is not None:
         return ((p.view(torch.int16).int() << 16) + remainder).view(FP32).double()
     if p.dtype in (FP16, BF16) and (master := state.get("master_param")) is not None:
-        master = master.double()
-        return torch.where((master - p).abs() <= half_ulp(p), master, p.double())
+        stands = param_of(master, p.dtype).view(torch.int16) == p.view(torch.int16)
+        return torch.where(stands, master, p.float()).double()
     return in_fp64(p)
 
 
