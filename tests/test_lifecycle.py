@@ -517,8 +517,12 @@ class Life(RuleBasedStateMachine):
 
     @property
     def takes_negated(self):
-        """Whether all optimizers may take the reference for a parameter."""
-        return {side.optimizer.backend for side in self.sides} <= {"auto", "reference"}
+        """Whether all optimizers may take the reference for a parameter.
+
+        With a norm, that of its gradients is added last, which may round otherwise.
+        """
+        clips = any(c["max_norm"] is not None for c in self.settings)
+        return not clips and all(s.optimizer.backend in ("auto", "reference") for s in self.sides)
 
     def gradients(self):
         """In fp64."""
