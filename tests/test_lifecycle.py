@@ -891,6 +891,11 @@ class Life(RuleBasedStateMachine):
             for i, twin in enumerate(self.twins)
         ):
             return  # incomplete: a momentum, say, since the last step only
+        if through_torch and any(
+            twin.states.keys() - states_of(self.name, self.c(i))
+            for i, twin in enumerate(self.twins)
+        ):
+            return  # torch casts the codes of a momentum that is switched off
         old, had_master = self.settings, [self.has_master(i) for i in range(len(params))]
         self.settings = [dict(c) for c in old]
         for g, c in enumerate(self.settings):
