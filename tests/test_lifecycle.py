@@ -857,11 +857,9 @@ class Life(RuleBasedStateMachine):
                 if param.grad is not None and param.grad.dtype != param.dtype:
                     param.grad = None  # torch cannot copy it
             side.optimizer, side.around = COPIES[way](side.optimizer), []
-        for i in range(len(self.twins)):
-            self.settle(i)
 
     def settle(self, i):
-        """Who saves or copies an optimizer makes remainders fit what was written."""
+        """A state dict makes remainders fit what was written."""
         twin, param = self.twins[i], self.first.params[i]
         if twin.left is not None:
             twin.master, twin.left = twin.number, param.detach().clone()
