@@ -46,7 +46,7 @@ from textbook import (
 
 import fastopt
 from fastopt import dispatch
-from fastopt.packing import Stored
+from fastopt.packing import Stored, param_of
 
 _C = dispatch.extension()
 ISAS = _C.supported_isas() if _C else []
@@ -137,8 +137,8 @@ def number_of(param, state):
     if p.dtype == BF16 and (remainder := state.get("param_remainder")) is not None:
         return ((p.view(torch.int16).int() << 16) + remainder).view(FP32).double()
     if p.dtype in (FP16, BF16) and (master := state.get("master_param")) is not None:
-        master = master.double()
-        return torch.where((master - p).abs() <= half_ulp(p), master, p.double())
+        stands = param_of(master, p.dtype).view(torch.int16) == p.view(torch.int16)
+        return torch.where(stands, master, p.float()).double()
     return in_fp64(p)
 
 
@@ -517,8 +517,12 @@ class Life(RuleBasedStateMachine):
 
     @property
     def takes_negated(self):
-        """Whether all optimizers may take the reference for a parameter."""
-        return {side.optimizer.backend for side in self.sides} <= {"auto", "reference"}
+        """Whether all optimizers may take the reference for a parameter.
+
+        With a norm, that of its gradients is added last, which may round otherwise.
+        """
+        clips = any(c["max_norm"] is not None for c in self.settings)
+        return not clips and all(s.optimizer.backend in ("auto", "reference") for s in self.sides)
 
     def gradients(self):
         """In fp64."""
@@ -853,11 +857,9 @@ class Life(RuleBasedStateMachine):
                 if param.grad is not None and param.grad.dtype != param.dtype:
                     param.grad = None  # torch cannot copy it
             side.optimizer, side.around = COPIES[way](side.optimizer), []
-        for i in range(len(self.twins)):
-            self.settle(i)
 
     def settle(self, i):
-        """Who saves or copies an optimizer makes remainders fit what was written."""
+        """A state dict makes remainders fit what was written."""
         twin, param = self.twins[i], self.first.params[i]
         if twin.left is not None:
             twin.master, twin.left = twin.number, param.detach().clone()
@@ -887,6 +889,11 @@ class Life(RuleBasedStateMachine):
             for i, twin in enumerate(self.twins)
         ):
             return  # incomplete: a momentum, say, since the last step only
+        if through_torch and any(
+            twin.states.keys() - states_of(self.name, self.c(i))
+            for i, twin in enumerate(self.twins)
+        ):
+            return  # torch casts the codes of a momentum that is switched off
         old, had_master = self.settings, [self.has_master(i) for i in range(len(params))]
         self.settings = [dict(c) for c in old]
         for g, c in enumerate(self.settings):

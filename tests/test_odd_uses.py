@@ -318,3 +318,15 @@ def test_a_state_that_is_no_dict(state, backend):
     del optimizer.state[param]
     optimizer.step()
     assert optimizer.state[param]["step"] == 1
+
+
+def test_a_state_dict_after_a_cast_to_fp32():
+    """The remainder is there until the next step, and belongs to no parameter of 16 bits."""
+    param = param_with(torch.ones(300, dtype=torch.bfloat16), torch.ones(300, dtype=torch.bfloat16))
+    optimizer = fastopt.AdamW([param])
+    optimizer.step()
+    param.grad = None
+    param.data = param.data.float()
+    remainder = optimizer.state[param]["param_remainder"].clone()
+    saved = optimizer.state_dict()["state"][0]
+    assert torch.equal(saved["param_remainder"], remainder)
