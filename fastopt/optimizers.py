@@ -194,9 +194,9 @@ class Optimizer(torch.optim.Optimizer):
         """Makes one step: for all parameters that have a gradient.
 
         Or for none: if it raises, nothing has changed. If a signal interrupts it, it was made or
-        not; ``state[p]["step"]`` tells, where steps are counted. (Between Triton's launches, one for
-        each combination of dtypes, an interrupt may leave some parameters updated.) Threads that
-        step one optimizer wait for each other.
+        not; ``state[p]["step"]`` tells, where steps are counted. (Between Triton's launches, one
+        for each combination of dtypes, an interrupt may leave some parameters updated.) Threads
+        that step one optimizer wait for each other.
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned here.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -170,7 +170,7 @@ class Rule:
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, Sequence):
             yield from value
         else:
             yield value
@@ -179,7 +179,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 def _number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, Sequence):
         return tuple(map(_number, value))
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -114,7 +114,9 @@ def _number(
             number = value.item()
         if not _is_real(number):
             _refuse(name, value, index, wanted, words, TypeError)
-        if not least <= float(number) <= most:  # not as a np.float32, which overflows
+        if not isinstance(number, int):
+            number = float(number)  # the largest float overflows in a comparison with np.float32
+        if not least <= number <= most:
             _refuse(name, value, index, wanted, words)
 
     return check
@@ -125,7 +127,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _check_betas(name: str, value: Any, index: int, may_wait: bool) -> None:
-    if isinstance(value, (str, bytes, Tensor)) or not hasattr(value, "__len__"):
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         _refuse(name, value, index, "must be two numbers from 0 to below 1", error=TypeError)
     if len(value) != 2:
         _refuse(name, value, index, "must be two numbers from 0 to below 1")

@@ -5,6 +5,7 @@ import copy
 import math
 import pickle
 import warnings
+from collections import UserList
 
 import pytest
 import torch
@@ -262,3 +263,19 @@ def test_grad_norm_of_no_gradients(backend, dtype, steps):
             before[0].device,
         )
     assert all(map(torch.equal, params, before))
+
+
+def test_sequences_and_numbers_of_others():
+    """As frameworks' configurations have them, without a warning."""
+    np = pytest.importorskip("numpy")
+    results = []
+    for betas, lr in (((0.5, 0.9), 2.0**-10), (UserList([0.5, 0.9]), np.float32(2.0**-10))):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = fastopt.AdamW([param], lr=lr, betas=betas)
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                optimizer.step()
+        results.append(param)
+    assert torch.equal(*results)
