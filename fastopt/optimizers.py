@@ -542,6 +542,8 @@ class Adagrad(Optimizer):
         for state in self.state.values():
             for tensor in state.values():
                 tensor.share_memory_()
+                if (sums := getattr(tensor, "_checksums", None)) is not None:
+                    sums.share_memory_()
 
 
 @_documented

@@ -304,6 +304,16 @@ def test_shared_memory():
     assert optimizer.state[param]["sum"].tolist() == [1, 1, 1]
 
 
+def test_shared_checksums():
+    param = param_with(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = fastopt.Adagrad([param])
+    optimizer.share_memory()
+    optimizer.step()
+    remainder = optimizer.state[param]["param_remainder"]
+    assert remainder.is_shared()
+    assert remainder._checksums.is_shared()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state", [None, [1], torch.ones(3)])
 def test_a_state_that_is_no_dict(state, backend):
