@@ -305,7 +305,8 @@ def test_shared_memory():
 
 
 def test_shared_checksums():
-    param = param_with(torch.ones(3, dtype=torch.bfloat16))
+    ones = torch.ones(3, dtype=torch.bfloat16)
+    param = param_with(ones, ones.clone())
     optimizer = fastopt.Adagrad([param])
     optimizer.share_memory()
     optimizer.step()
