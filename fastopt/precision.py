@@ -239,7 +239,8 @@ def to_save(param: object, state: Any) -> Any:
     if not isinstance(state, dict) or "param_remainder" not in state:
         return state
     remainder = state["param_remainder"]
-    if isinstance(param, Tensor) and are_there(param, state, [_SPLIT]):
+    is_split = isinstance(param, Tensor) and param.dtype == torch.bfloat16
+    if isinstance(param, Tensor) and is_split and are_there(param, state, [_SPLIT]):
         stored = _SPLIT.stored(param, state)
         if stored.sums is not None and not _checksums(param, remainder).equal(stored.sums):
             remainder = stored.valid_b()
