@@ -21,8 +21,8 @@ int find_rule(const std::string& name, const std::string& states, std::index_seq
 // What is about to be read as a tensor.
 template <class Object>
 const Object& checked(const Object& object) {
-  static PyObject* const type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-  if (!py::isinstance(object, type))
+  const py::object type = py::module_::import("torch").attr("Tensor");
+  if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
     throw py::type_error("a tensor is wanted, not " + std::string(py::repr(object)));
   return object;
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import torch_fields
+from .packing import extent
 from .rules import RULES
 
 # Not when the first optimizer needs it: a process may be forked before, which the extension has to
@@ -351,11 +352,7 @@ def _lost(tensor: Tensor) -> str:
     if tensor.numel() == 0 or is_wrapper(tensor):
         return ""
     nbytes = tensor.untyped_storage().nbytes()
-    last = tensor.numel() - 1
-    if not tensor.is_contiguous():
-        sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in sizes)
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    end = tensor.storage_offset() * tensor.element_size() + extent(tensor)
     if tensor.data_ptr() != 0 and nbytes >= end:
         return ""
     part = "part of its memory" if nbytes else "its memory"

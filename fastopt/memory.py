@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .packing import extent
+
 
 class Use(NamedTuple):
     """An array that a step reads or writes.
@@ -35,11 +37,7 @@ class Use(NamedTuple):
     @property
     def end(self) -> int:
         """The address after the last element."""
-        if self.array.is_contiguous():
-            return self.begin + self.array.nbytes
-        sizes = zip(self.array.shape, self.array.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in sizes)
-        return self.begin + (last + 1) * self.array.element_size()
+        return self.begin + extent(self.array)
 
     @property
     def elements(self) -> object:

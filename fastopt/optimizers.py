@@ -257,11 +257,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _measure(self, inv_scale: float) -> None:
         """Sets `grad_norm` for a step that is skipped."""
-        self.grad_norm = None
+        norm = None
         if any(group["max_norm"] is not None for group in self.param_groups):
             params = [param for group in self.param_groups for param in group["params"]]
             grads = [param.grad for param in params if param.grad is not None]
-            self.grad_norm = get_total_norm(grads) * inv_scale
+            norm = get_total_norm(grads) * inv_scale
+        self.grad_norm = norm
 
     @_on_real
     def add_param_group(self, param_group: dict[str, Any]) -> None:

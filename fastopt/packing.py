@@ -30,6 +30,14 @@ def memory_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
 
 
+def extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * stride for size, stride in sizes) + 1) * tensor.element_size()
+
+
 def in_memory_order(tensor: Tensor) -> Tensor:
     """The elements in one dimension; a view of a tensor without gaps."""
     return tensor.permute(memory_order(tensor)).reshape(-1)

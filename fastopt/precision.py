@@ -239,11 +239,11 @@ def to_save(param: object, state: Any) -> Any:
     if not isinstance(state, dict) or "param_remainder" not in state:
         return state
     remainder = state["param_remainder"]
-    is_split = isinstance(param, Tensor) and param.dtype == torch.bfloat16
-    if isinstance(param, Tensor) and is_split and are_there(param, state, [_SPLIT]):
-        stored = _SPLIT.stored(param, state)
-        if stored.sums is not None and not _checksums(param, remainder).equal(stored.sums):
-            remainder = stored.valid_b()
+    if isinstance(param, Tensor) and param.dtype == torch.bfloat16:
+        # None where the remainder fits no such parameter, or has belonged to it all along.
+        sums = _sums(param, remainder) if are_there(param, state, [_SPLIT]) else None
+        if sums is not None and not _checksums(param, remainder).equal(sums):
+            remainder = _SPLIT.stored(param, state).valid_b()
     return {**state, "param_remainder": remainder.detach()}
 
 

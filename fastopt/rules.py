@@ -168,9 +168,16 @@ class Rule:
         return row
 
 
+def _is_sequence(value: Any) -> bool:
+    # Each step asks: what is common first, because abstract classes answer in Python.
+    if isinstance(value, (float, int, Tensor)):
+        return False
+    return isinstance(value, (tuple, list, Sequence))
+
+
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, Sequence):
+        if _is_sequence(value):
             yield from value
         else:
             yield value
@@ -179,7 +186,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 def _number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
-    if isinstance(value, Sequence):
+    if _is_sequence(value):
         return tuple(map(_number, value))
     return value
 

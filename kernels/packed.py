@@ -2,8 +2,7 @@
 
 ``unpack`` makes numbers of BLOCK elements from `begin` on, up to `left`, of the arrays at the
 addresses `a` and `b`, and of a remainder's checksums at `sums`; ``pack`` stores them again. `left`
-is None if they are all there; PACKING is
-None for what is kept plainly, in the array `a` alone.
+is None if they are all there; PACKING is None for what is kept plainly, in the array `a` alone.
 """
 
 import triton

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastopt.packing import Stored, memory_order
+from fastopt.packing import Stored, extent, memory_order
 
 
 @dataclass
@@ -51,11 +51,7 @@ class Target:
     def extent(self) -> tuple[int, int]:
         """The addresses from the parameter's first element to the end of its last."""
         begin = self.param.data_ptr()
-        if self.param.numel() == 0:
-            return begin, begin
-        sizes = zip(self.param.shape, self.param.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in sizes)
-        return begin, begin + (last + 1) * self.param.element_size()
+        return begin, begin + extent(self.param)
 
 
 class Staged:
