@@ -1,5 +1,10 @@
 """What several test files share."""
 
+import contextlib
+import copy
+import importlib
+import io
+import itertools
 import sys
 from pathlib import Path
 
@@ -8,6 +13,10 @@ import torch
 
 import fastopt
 from fastopt import dispatch
+
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = [FP32, FP64, BF16, FP16]
+HALVES = [BF16, FP16]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(fastopt.__file__).parent  # of another build, where that is tested
@@ -22,11 +31,30 @@ masked_out = [
     pytest.mark.filterwarnings(f"ignore:{what} encountered:RuntimeWarning")
     for what in ("divide by zero", "invalid value", "overflow")
 ]
+
+# The table of cases. Every optimizer, with settings that between them reach every kernel:
 CASES = [(cls, variant) for cls in fastopt.OPTIMIZERS for variant in cls.variants]
+# every precision mode, as (dtype, master_weights, state_dtype):
+MASTERS = {BF16: ("split", "fp32", "stochastic", None), FP16: ("fp32", None), FP32: (None,)}
+STATE_DTYPES = (FP32, BF16, "8bit")
+MODES = [
+    (dtype, *mode) for dtype in MASTERS for mode in itertools.product(MASTERS[dtype], STATE_DTYPES)
+]
+# and every instruction set of this machine.
+ISAS = dispatch.extension().supported_isas() if dispatch.extension() else []
+
+each_case = pytest.mark.parametrize(("cls", "variant"), CASES, ids=str)
+each_optimizer = pytest.mark.parametrize("cls", fastopt.OPTIMIZERS)
+each_mode = pytest.mark.parametrize(("dtype", "master", "states"), MODES, ids=str)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def torch_class(cls):
-    return getattr(torch.optim, cls.__name__)
+    """torch's optimizer of the same name, or the textbook's."""
+    name = cls.__name__
+    if found := getattr(torch.optim, name, None):
+        return found
+    return getattr(importlib.import_module(f"textbook.{cls.rule.name}"), name)
 
 
 def new_params(shapes, dtype=torch.float32):
@@ -52,6 +80,64 @@ def take_steps(optimizer, steps):
         set_grads(params, step)
         optimizer.step()
     return params
+
+
+def clones(params):
+    return [torch.nn.Parameter(param.detach().clone()) for param in params]
+
+
+def parameters(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def entries(optimizer):
+    """All that the state holds, in order: parameter's index, name, value."""
+    return [
+        (index, name, value)
+        for index, param in enumerate(parameters(optimizer))
+        for name, value in sorted(optimizer.state.get(param, {}).items())
+    ]
+
+
+def through_file(obj):
+    file = io.BytesIO()
+    torch.save(obj, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@contextlib.contextmanager
+def unchanged(optimizer):
+    """Asserts that nothing of an optimizer changes: groups, states, parameters, their versions."""
+
+    def things():
+        groups = [
+            (group, {k: v for k, v in group.items() if k != "params"}, group["params"])
+            for group in optimizer.param_groups
+        ]
+        params = [(param, param.detach(), param._version) for param in parameters(optimizer)]
+        return optimizer.state, groups, entries(optimizer), params
+
+    state, groups, tensors, params = things()
+    identities = [id(group) for group, *_ in groups]
+    groups = copy.deepcopy([settings for _, settings, _ in groups])
+    values = [(*entry, entry[2].clone()) for entry in tensors]
+    numbers = [param.clone() for _, param, _ in params]
+    yield
+    new_state, new_groups, new_tensors, new_params = things()
+    assert new_state is state
+    assert [id(group) for group, *_ in new_groups] == identities
+    assert [settings for _, settings, _ in new_groups] == groups
+    for (*name, tensor, value), (*new_name, new) in zip(values, new_tensors, strict=True):
+        assert new_name == name
+        assert new is tensor
+        assert_same_bits([new], [value])
+    for (param, _, version), number, (new, _, new_version) in zip(
+        params, numbers, new_params, strict=True
+    ):
+        assert new is param
+        assert new_version == version
+        assert_same_bits([new], [number])
 
 
 def assert_near_torch(found, wanted):

@@ -1,7 +1,13 @@
-"""The rules as their papers have them, in fp64, and how far a step in less precision may be off."""
+"""The rules as their papers have them, one file each, and how far less precision may be off.
+
+A file has the names of the states that settings ``c`` call for, and ``update``: the new parameter
+and states of the ``t``-th step, in fp64. A rule that torch lacks has its torch class there too,
+under the name of ours.
+"""
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
@@ -11,53 +17,12 @@ FP16, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
 
 def textbook(name, c, t, p, g, s):
     """The new parameter and states of the ``t``-th step of a rule, with settings ``c``."""
-    lr, decay = float(c["lr"]), c["weight_decay"]
-    if c.get("decoupled_weight_decay"):
-        p = p - lr * decay * p
-    else:
-        g = g + decay * p
-    if name == "sgd":
-        if not c["momentum"]:
-            return p - lr * g, {}
-        momentum, buf = c["momentum"], s.get("momentum_buffer")
-        buf = g if buf is None else momentum * buf + (1 - c["dampening"]) * g
-        return p - lr * (g + momentum * buf if c["nesterov"] else buf), {"momentum_buffer": buf}
-    if name == "adagrad":
-        total = s["sum"] + g**2
-        step_size = lr / (1 + (t - 1) * c["lr_decay"])
-        return p - step_size * g / (total.sqrt() + c["eps"]), {"sum": total}
-    if name == "rmsprop":
-        alpha = c["alpha"]
-        square = alpha * s["square_avg"] + (1 - alpha) * g**2
-        new, variance = {"square_avg": square}, square
-        if c["centered"]:
-            new["grad_avg"] = alpha * s["grad_avg"] + (1 - alpha) * g
-            variance = (square - new["grad_avg"] ** 2).clamp(min=0)
-        update = g / (variance.sqrt() + c["eps"])
-        if c["momentum"]:
-            update = new["momentum_buffer"] = c["momentum"] * s["momentum_buffer"] + update
-        return p - lr * update, new
-    beta1, beta2 = c["betas"]
-    new = {
-        "exp_avg": beta1 * s["exp_avg"] + (1 - beta1) * g,
-        "exp_avg_sq": beta2 * s["exp_avg_sq"] + (1 - beta2) * g**2,
-    }
-    second = new["exp_avg_sq"]
-    if c["amsgrad"]:
-        second = new["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], second)
-    denom = (second / (1 - beta2**t)).sqrt() + c["eps"]
-    return p - lr * new["exp_avg"] / (1 - beta1**t) / denom, new
+    return importlib.import_module(f"textbook.{name}").update(c, t, p, g, s)
 
 
 def states_of(name, c):
     """The names of the states that a step uses."""
-    momentum = ["momentum_buffer"] * bool(c.get("momentum"))
-    return {
-        "sgd": momentum,
-        "adagrad": ["sum"],
-        "rmsprop": ["square_avg", *["grad_avg"] * bool(c.get("centered")), *momentum],
-        "adam": ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(c.get("amsgrad"))],
-    }[name]
+    return importlib.import_module(f"textbook.{name}").states(c)
 
 
 def textbook_step(name, c, t, p, g, s, eps, slack):
