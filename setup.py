@@ -1,4 +1,5 @@
 import sys
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -11,16 +12,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "fastopt._C",
-            sources=[
-                f"csrc/{name}.cpp" for name in ("bindings", "kernels", "multi_tensor", "plan")
-            ],
-            depends=[
-                f"csrc/{name}.h"
-                for name in (
-                    *("dtypes", "isa", "kernels", "lanes", "layout", "multi_tensor", "norm"),
-                    *("numbering", "packed", "plan", "random", "rules", "torch_tensor"),
-                )
-            ],
+            sources=sorted(glob("csrc/*.cpp")),
+            depends=[*glob("csrc/*.h"), *glob("csrc/rules/*.h")],
             cxx_std=17,
             extra_compile_args=[
                 *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),

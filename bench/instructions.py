@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 
 from . import history, kernels, machine, native
 from .contenders import MAX_NORM, Rule, UnavailableError, rules

@@ -19,7 +19,9 @@ import torch
 
 from fastopt import packing
 from fastopt.packing import Stored
+from fastopt.rule import ASSIGN, HEAD
 from fastopt.rules import RULES
+from fastopt.step.params import Target
 
 from . import assembly, contenders, history, offline
 
@@ -60,6 +62,7 @@ PACKINGS = {
 }
 
 
+RULES_AND_CLIPPING = RULES | {ASSIGN.name: ASSIGN}
 PARTIALS = torch.zeros(1, dtype=torch.float64)
 NOTHING = torch.zeros(0)  # needs no update
 
@@ -85,7 +88,7 @@ class Update(Case):
     def written(self) -> list[str]:
         """The storage of the parameter and of each state."""
         param, _, *state = self.storage
-        non_negative = RULES[self.rule].non_negative if self.rule in RULES else ()
+        non_negative = RULES_AND_CLIPPING[self.rule].non_negative
         return [
             param,
             *(
@@ -102,9 +105,8 @@ class Update(Case):
         return first + [each.b.dtype for each in (param, *states) if has_second(each)]
 
     def launch(self) -> None:
-        gap = RULES[self.rule].gap(self.states) if self.states else None
         grad = torch.zeros(1, dtype=DTYPES[self.storage[1]])
-        one_tensor(self.rule, list(map(stored, self.written)), grad, gap).update()
+        one_tensor(self.rule, list(map(stored, self.written)), grad, self.states).update()
 
 
 def stored(kind: str) -> Stored:
@@ -142,7 +144,7 @@ class ReducePartials(Case):
         return f"reduce_partials order {self.order:g}"
 
     def launch(self) -> None:
-        from fastopt.kernels.multi_tensor import total
+        from fastopt.kernels.launches import total
 
         total(PARTIALS, self.order)
 
@@ -180,21 +182,20 @@ def one_tensor(
     rule: str,
     stored: list[Stored],
     grad: torch.Tensor,
-    gap: int | None = None,
+    states: tuple[str, ...] = (),
     on_device: bool = False,
 ) -> Any:
     """A `MultiTensor` of one tensor, ready for the launches of a step."""
-    from fastopt.kernels import rules, tables
-    from fastopt.kernels.multi_tensor import MultiTensor, Target
+    from fastopt.kernels.launches import MultiTensor
+    from fastopt.kernels.rules import RULES as KERNELS
 
-    n_scalars = len(RULES[rule].scalar_names) if rule in RULES else 0
     step = torch.zeros(()) if on_device else None
-    target = Target(stored, grad, gap, step=step)
-    tensors = MultiTensor(rule, n_scalars, [target], captured=[], on_device=on_device)
-    words = tables.OWN.value + n_scalars
+    target = Target(stored, grad, states, step=step)
+    of_rule = RULES_AND_CLIPPING[rule]
+    tensors = MultiTensor(of_rule, [target], captured=[], on_device=on_device)
+    words = len(HEAD) + len(of_rule.scalar_names)
     if on_device:
-        settings = getattr(rules, f"{rule}_scalars").arg_names[1:]
-        words = 2 * (tables.OWN.value + len(settings))
+        words = 2 * (len(HEAD) + len(KERNELS[rule].scalars.arg_names[1:]))
     row = bytes(8 * words)
     tensors.begin("all", array("q", [grad.data_ptr()]).tobytes(), [], row, n_rows=1)
     return tensors
@@ -206,7 +207,9 @@ def variants() -> dict[tuple[str, tuple[str, ...]], contenders.Rule]:
     found: dict[tuple[str, tuple[str, ...]], contenders.Rule] = {}
     for variant in contenders.rules(all_variants=True):
         optimizer = variant.optimizer([torch.zeros(1)], **variant.flags)
-        found.setdefault((optimizer.rule.name, optimizer.rule.states(optimizer.defaults)), variant)
+        found.setdefault(
+            (optimizer.rule.name, optimizer.rule.states_of(optimizer.defaults)), variant
+        )
     return found
 
 

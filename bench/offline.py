@@ -61,11 +61,11 @@ class Driver:
         """From now on this is the GPU that Triton sees."""
         import triton
 
-        from fastopt.kernels import multi_tensor
+        from fastopt.kernels import launches
 
         triton.knobs.compilation.listener = self._compiles
         triton.runtime.driver.set_active(self)
-        multi_tensor._options.cache_clear()  # they depend on the target
+        launches._options.cache_clear()  # they depend on the target
 
     def _compiles(
         self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any

@@ -7,20 +7,24 @@
 namespace fastopt {
 namespace {
 
+// For each rule the names of its scalars, then of the states that it can have: those of the last one of
+// its structs in the table.
 template <size_t... R>
-py::list rules(std::index_sequence<R...>) {
-  py::list list;
-  (list.append(py::make_tuple(std::tuple_element_t<R, Rules>::name,
-                              std::tuple_element_t<R, Rules>::states,
-                              std::tuple_element_t<R, Rules>::scalars)),
-   ...);
-  return list;
+py::dict rules(std::index_sequence<R...>) {
+  const auto names = [](auto rule) {
+    using Rule = decltype(rule);
+    const py::str list = py::str(Rule::scalars) + py::str(" ") + py::str(Rule::states);
+    return py::tuple(list.attr("replace")(",", "").attr("split")());
+  };
+  py::dict found;
+  ((found[std::tuple_element_t<R, Rules>::name] = names(std::tuple_element_t<R, Rules>())), ...);
+  return found;
 }
 
-// Tensors that are measured, or scaled and clamped in place.
+// Gradients that are measured, or scaled and clamped in place.
 class Targets {
  public:
-  // items: what fastopt.items.describe makes.
+  // items: what fastopt.step.params.describe makes.
   explicit Targets(const py::list& items) {
     for (py::handle item : items) add(Description(py::cast<py::tuple>(item)));
   }
@@ -31,7 +35,7 @@ class Targets {
     Targets targets{py::list()};
     for (py::handle tensor : tensors) {
       const Description description(tensor, types);
-      if (!description.data) return std::nullopt;
+      if (!description.operand.data) return std::nullopt;
       targets.add(description);
     }
     return targets;
@@ -39,21 +43,22 @@ class Targets {
 
   double power_sum(double order, int threads) const {
     py::gil_scoped_release release;
-    return reduce_grads(tensors_, Schedule(tensors_), order, threads);
+    return reduce_grads(params_, Schedule(params_), order, threads);
   }
 
-  void scale_and_clamp(double coef, double clip_value, int threads) const {
+  void assign(const py::buffer& row, int threads) const {
+    const std::vector<double> table = doubles(row);
     py::gil_scoped_release release;
-    update(tensors_, Schedule(tensors_), {coef, clip_value, 0, 0}, kDriverScalars, threads);
+    update(params_, Schedule(params_), table, kHead, threads);
   }
 
  private:
   void add(const Description& description) {
     static const int assign = rule_index("assign", "");
-    tensors_.push_back(make_tensor(assign, {description, description}));
+    params_.push_back(make_param(assign, {description, description}));
   }
 
-  std::vector<Tensor> tensors_;
+  std::vector<Param> params_;
 };
 
 Isa isa_named(const std::string& wanted) {
@@ -73,6 +78,13 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
   m.def("rules", [] { return rules(std::make_index_sequence<kRules>()); });
   m.def("rule_index", &rule_index);
+  m.def("head", [] { return std::vector<std::string>(std::begin(kHeadNames), std::end(kHeadNames)); });
+  m.def("storages", [] {
+    std::vector<std::string> names;
+    for (const Storage& storage : kStorages) names.emplace_back(storage.name);
+    return names;
+  });
+  m.def("waves", &waves_of);
   m.def("use_torch_fields", [](const std::array<uint64_t, sizeof fields / sizeof(uint64_t)>& found,
                                uintptr_t make, uintptr_t assign, uintptr_t destroy) {
     std::memcpy(&fields, found.data(), sizeof fields);
@@ -104,15 +116,14 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const py::list&>())
       .def_static("plain", &Targets::plain)
       .def("power_sum", &Targets::power_sum)
-      .def("scale_and_clamp", &Targets::scale_and_clamp);
+      .def("assign", &Targets::assign);
   py::class_<Plan>(m, "Plan")
       .def(py::init<py::list, py::dict, const py::list&>())
-      .def("refresh", &Plan::refresh)
-      .def("cohorts", &Plan::cohorts)
+      .def("begin", &Plan::begin)
+      .def("wanted", &Plan::wanted)
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
-      .def("scalars_of", &Plan::scalars_of)
-      .def("sum_of_squares", &Plan::sum_of_squares)
-      .def("release", &Plan::release)
-      .def("update", &Plan::update);
+      .def("row_of", &Plan::row_of)
+      .def("power_sum", &Plan::power_sum)
+      .def("step", &Plan::step);
 }

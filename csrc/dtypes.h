@@ -11,7 +11,6 @@ namespace fastopt {
 
 enum class DType : uint8_t { float32, float64, bfloat16, float16 };
 inline constexpr int kDTypes = 4;
-inline constexpr int64_t kItemSize[kDTypes] = {4, 8, 2, 2};
 
 template <DType>
 struct Element;

@@ -8,15 +8,16 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "norm.h"
-#include "packed.h"
-#include "rules.h"
+#include "packing.h"
+#include "rules/rules.h"
 
 namespace fastopt {
 
-// Ahead of a rule's own scalars stand the driver's: the gradient is multiplied by `grad_coef` (clip
-// coefficient, sign of `maximize`), then clamped to [-clip_value, clip_value]; random numbers depend
-// on `seed` and `step`.
-enum DriverScalar { kGradCoef, kClipValue, kSeed, kStep, kDriverScalars };
+// What stands in a row of scalars ahead of the rule's own: HEAD of fastopt/rule.py, which tells what
+// they are for, and which is compared by name on loading.
+enum Head { kCoef, kClipValue, kUnclippedCoef, kMaxNorm, kSeed, kStep, kHead };
+inline constexpr const char* kHeadNames[kHead] = {"coef",     "clip_value", "unclipped_coef",
+                                                  "max_norm", "seed",       "step"};
 
 template <class Rule, class T>
 struct Update {
@@ -25,10 +26,10 @@ struct Update {
 
   static FASTOPT_INLINE void run(T* p, const T* g, T* const* states, int64_t n,
                                  const double* scalars) {
-    const T grad_coef = static_cast<T>(scalars[kGradCoef]);
+    const T coef = static_cast<T>(scalars[kCoef]);
     const T clip_value = static_cast<T>(scalars[kClipValue]);
     T values[n_scalars + 1];
-    for (int i = 0; i < n_scalars; ++i) values[i] = static_cast<T>(scalars[kDriverScalars + i]);
+    for (int i = 0; i < n_scalars; ++i) values[i] = static_cast<T>(scalars[kHead + i]);
     Scalars c;
     std::memcpy(static_cast<void*>(&c), values, n_scalars * sizeof(T));
     T* state[kMaxStates];
@@ -36,7 +37,7 @@ struct Update {
 // `p` may be `g` (Assign), never shifted against it.
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-      T grad = g[i] * grad_coef;
+      T grad = g[i] * coef;
       grad = grad > clip_value ? clip_value : (grad < -clip_value ? -clip_value : grad);
       T local[Rule::n_states + 1];
       for (int k = 0; k < Rule::n_states; ++k) local[k] = state[k][i];

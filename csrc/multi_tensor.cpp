@@ -10,37 +10,6 @@ namespace {
 constexpr int64_t kTask = 4 * kChunk;  // elements: enough to be worth a thread's while
 constexpr int64_t kStaged = 512;       // elements: few enough for all buffers to stay in L1
 
-// For each tensor, one more than the latest wave of the earlier tensors that it shares memory with.
-// Views that interleave count as sharing.
-std::vector<int> waves_of(const std::vector<Tensor>& tensors) {
-  std::vector<int> waves(tensors.size(), 0);
-  std::vector<int> order;
-  for (size_t i = 0; i < tensors.size(); ++i)
-    if (tensors[i].active && tensors[i].extent > 0) order.push_back(static_cast<int>(i));
-  const auto begin = [&](int i) { return tensors[i].operands[0].data; };
-  const auto end = [&](int i) { return begin(i) + tensors[i].extent; };
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return begin(a) < begin(b); });
-
-  bool any_shared = false;
-  for (size_t k = 1; k < order.size(); ++k) any_shared |= end(order[k - 1]) > begin(order[k]);
-  if (!any_shared) return waves;
-
-  std::sort(order.begin(), order.end());
-  // The latest wave that writes each address: that of the last key that is not greater.
-  std::map<const char*, int> latest{{nullptr, -1}};
-  const auto cut_at = [&](const char* address) {
-    return latest.emplace(address, std::prev(latest.upper_bound(address))->second).first;
-  };
-  for (int i : order) {
-    const auto first = cut_at(begin(i)), last = cut_at(end(i));
-    for (auto piece = first; piece != last; ++piece)
-      waves[i] = std::max(waves[i], piece->second + 1);
-    latest.erase(std::next(first), last);
-    first->second = waves[i];
-  }
-  return waves;
-}
-
 // Copies n elements of 16 bits between an array and a tensor; `f(in the array, in the tensor)`.
 template <class F>
 void for_each_16(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
@@ -53,13 +22,8 @@ void for_each_16(const Layout& layout, int index, const Operand& operand, int64_
 
 // Where the second array of a packing has what belongs to the elements from `begin` on.
 char* beside(const Operand& operand, int64_t begin) {
-  switch (*operand.packing) {
-    case Packing::remainder: return operand.beside + begin * sizeof(int16_t);
-    case Packing::stochastic: return nullptr;
-    case Packing::codes:
-    case Packing::unsigned_codes: return operand.beside + begin / kCodeBlock * sizeof(float);
-    default: return operand.beside + begin * sizeof(float);
-  }
+  const Storage& row = operand.row();
+  return operand.beside ? operand.beside + begin / row.block * row.b_bytes : nullptr;
 }
 
 uint32_t* sums(const Operand& operand, int64_t begin) {
@@ -68,13 +32,13 @@ uint32_t* sums(const Operand& operand, int64_t begin) {
 
 // Whether the first array of an operand can be used where it is. Codes are in the order of the walk.
 bool in_place(const Layout& layout, int index, const Operand& operand) {
-  return layout.contiguous(index) || is_coded(*operand.packing);
+  return layout.contiguous(index) || is_coded(operand.packing());
 }
 
 void unpack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
             float* to) {
-  const int packing = static_cast<int>(*operand.packing);
-  const void* from = operand.data + begin * kItemBytes[packing];
+  const int packing = static_cast<int>(operand.packing());
+  const void* from = operand.data + begin * operand.row().a_bytes;
   uint16_t gathered[kStaged];
   if (!in_place(layout, index, operand)) {
     for_each_16(layout, index, operand, begin, n, gathered,
@@ -87,10 +51,10 @@ void unpack(const Layout& layout, int index, const Operand& operand, int64_t beg
 
 void pack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
           const float* from, uint32_t key) {
-  const int packing = static_cast<int>(*operand.packing);
+  const int packing = static_cast<int>(operand.packing());
   const bool direct = in_place(layout, index, operand);
   uint16_t gathered[kStaged];
-  void* to = direct ? static_cast<void*>(operand.data + begin * kItemBytes[packing]) : gathered;
+  void* to = direct ? static_cast<void*>(operand.data + begin * operand.row().a_bytes) : gathered;
   const auto first = static_cast<int32_t>(begin % kChunk);
   packing_kernels().pack[packing](from, key, first, static_cast<int32_t>(n), to,
                                   beside(operand, begin), sums(operand, begin));
@@ -104,16 +68,16 @@ T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand&
             int64_t begin, int64_t n, T* buffer) {
   constexpr DType own = sizeof(T) == sizeof(double) ? DType::float64 : DType::float32;
   if constexpr (own == DType::float32) {
-    if (operand.packing) {
+    if (!operand.is_plain()) {
       unpack(layout, index, operand, begin, n, buffer);
       return buffer;
     }
   }
-  const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
-  const auto load = k.load[static_cast<int>(operand.dtype)];
+  const int64_t size = operand.row().a_bytes;
+  const auto load = k.load[operand.storage];
   if (layout.contiguous(index)) {
     char* at = operand.data + begin * size;
-    if (operand.dtype == own) return reinterpret_cast<T*>(at);
+    if (operand.dtype() == own) return reinterpret_cast<T*>(at);
     load(at, 1, n, buffer);
     return buffer;
   }
@@ -129,9 +93,9 @@ template <class T>
 void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
                int64_t begin, int64_t n, const T* from, uint32_t key) {
   if constexpr (std::is_same_v<T, float>)
-    if (operand.packing) return pack(layout, index, operand, begin, n, from, key);
-  const int64_t size = kItemSize[static_cast<int>(operand.dtype)];
-  const auto store = k.store[static_cast<int>(operand.dtype)];
+    if (!operand.is_plain()) return pack(layout, index, operand, begin, n, from, key);
+  const int64_t size = operand.row().a_bytes;
+  const auto store = k.store[operand.storage];
   layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
     store(from, operand.data + offset * size, stride, count);
     from += count;
@@ -139,41 +103,41 @@ void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Opera
 }
 
 template <class T>
-void update_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, const double* scalars) {
+void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double* row) {
   const Kernels<T>& k = kernels<T>();
   T buffers[2 + kMaxStates][kStaged];
   const uint32_t key =
-      random_key(static_cast<uint64_t>(scalars[kSeed]), static_cast<uint64_t>(scalars[kStep]),
-                 tensor.number, chunk.begin / kChunk);
+      random_key(static_cast<uint64_t>(row[kSeed]), static_cast<uint64_t>(row[kStep]),
+                 param.number, chunk.begin / kChunk);
   for (int64_t done = 0, n; done < chunk.n; done += n) {
     T* blocks[2 + kMaxStates];
     bool staged[2 + kMaxStates];
     n = std::min(kStaged, chunk.n - done);
     bool any_staged = false;
-    for (int i = 0; i < tensor.n_operands; ++i) {
-      blocks[i] = stage_in(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n,
+    for (int i = 0; i < param.n_operands; ++i) {
+      blocks[i] = stage_in(k, param.layout, i, param.operands[i], chunk.begin + done, n,
                            buffers[i]);
       staged[i] = blocks[i] == buffers[i];
       any_staged |= staged[i];
     }
     if (!any_staged) n = chunk.n;  // nothing to convert: the whole chunk in one go
-    k.update[tensor.rule](blocks[0], blocks[1], blocks + 2, n, scalars);
-    for (int i = 0; i < tensor.n_operands; ++i)
-      if (staged[i] && i != 1)
-        stage_out(k, tensor.layout, i, tensor.operands[i], chunk.begin + done, n, blocks[i],
+    k.update[param.rule](blocks[0], blocks[1], blocks + 2, n, row);
+    for (int i = 0; i < param.n_operands; ++i)
+      if (staged[i] && i != Param::kGrad)
+        stage_out(k, param.layout, i, param.operands[i], chunk.begin + done, n, blocks[i],
                   key);
   }
 }
 
-double reduce_chunk(const Tensor& tensor, const Schedule::Chunk& chunk, Reduction reduction,
+double reduce_chunk(const Param& param, const Schedule::Chunk& chunk, Reduction reduction,
                     double order) {
-  const Operand& grad = tensor.operands[1];
-  if (tensor.grad_layout.contiguous(0)) {
-    const char* from = grad.data + chunk.begin * kItemSize[static_cast<int>(grad.dtype)];
-    return reduce(reduction, grad.dtype, from, chunk.n, order);
+  const Operand& grad = param.grad();
+  if (param.grad_layout.contiguous(0)) {
+    const char* from = grad.data + chunk.begin * grad.row().a_bytes;
+    return reduce(reduction, grad.dtype(), from, chunk.n, order);
   }
   double buffer[kChunk];
-  stage_in(kernels<double>(), tensor.grad_layout, 0, grad, chunk.begin, chunk.n, buffer);
+  stage_in(kernels<double>(), param.grad_layout, 0, grad, chunk.begin, chunk.n, buffer);
   return reduce(reduction, DType::float64, buffer, chunk.n, order);
 }
 
@@ -184,24 +148,57 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; })
 
 bool forked() { return in_child; }
 
-Schedule::Schedule(const std::vector<Tensor>& tensors) {
-  const std::vector<int> wave = waves_of(tensors);
-  std::vector<size_t> order;
-  std::vector<int64_t> slots;  // the first of each tensor
-  int64_t n_slots = 0, room = 0;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    slots.push_back(n_slots);
-    if (!tensors[t].active) continue;
-    order.push_back(t);
-    n_slots += (tensors[t].layout.numel() + kChunk - 1) / kChunk;
+std::vector<int> waves_of(const std::vector<std::pair<uintptr_t, uintptr_t>>& extents,
+                          const std::vector<int>& members) {
+  std::vector<int> waves(extents.size(), -1);
+  std::vector<int> order;
+  for (int i : members) {
+    waves[i] = 0;
+    if (extents[i].first < extents[i].second) order.push_back(i);
   }
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return wave[a] < wave[b]; });
-  for (size_t t : order) {
-    if (static_cast<size_t>(wave[t]) == waves_.size()) {
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return extents[a] < extents[b]; });
+  bool any_shared = false;
+  for (size_t k = 1; k < order.size(); ++k)
+    any_shared |= extents[order[k - 1]].second > extents[order[k]].first;
+  if (!any_shared) return waves;
+
+  std::sort(order.begin(), order.end());
+  // The latest wave that writes each address: that of the last key that is not greater.
+  std::map<uintptr_t, int> latest{{0, -1}};
+  const auto cut_at = [&](uintptr_t address) {
+    return latest.emplace(address, std::prev(latest.upper_bound(address))->second).first;
+  };
+  for (int i : order) {
+    const auto first = cut_at(extents[i].first), last = cut_at(extents[i].second);
+    for (auto piece = first; piece != last; ++piece)
+      waves[i] = std::max(waves[i], piece->second + 1);
+    latest.erase(std::next(first), last);
+    first->second = waves[i];
+  }
+  return waves;
+}
+
+Schedule::Schedule(const std::vector<Param>& params) {
+  std::vector<int> order;
+  std::vector<std::pair<uintptr_t, uintptr_t>> extents;
+  std::vector<int64_t> slots;  // the first of each parameter
+  int64_t n_slots = 0, room = 0;
+  for (size_t p = 0; p < params.size(); ++p) {
+    const auto begin = reinterpret_cast<uintptr_t>(params[p].operands[0].data);
+    extents.emplace_back(begin, begin + params[p].extent);
+    slots.push_back(n_slots);
+    if (!params[p].active) continue;
+    order.push_back(static_cast<int>(p));
+    n_slots += (params[p].layout.numel() + kChunk - 1) / kChunk;
+  }
+  const std::vector<int> wave = waves_of(extents, order);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return wave[a] < wave[b]; });
+  for (int p : order) {
+    if (static_cast<size_t>(wave[p]) == waves_.size()) {
       waves_.push_back(static_cast<int64_t>(tasks_.size()));
       room = 0;
     }
-    const int64_t numel = tensors[t].layout.numel();
+    const int64_t numel = params[p].layout.numel();
     for (int64_t begin = 0; begin < numel; begin += kChunk) {
       const int64_t n = std::min(kChunk, numel - begin);
       if (room < n) {
@@ -209,7 +206,7 @@ Schedule::Schedule(const std::vector<Tensor>& tensors) {
         room = kTask;
       }
       room -= n;
-      chunks_.push_back({static_cast<int>(t), begin, n, slots[t] + begin / kChunk});
+      chunks_.push_back({p, begin, n, slots[p] + begin / kChunk});
     }
   }
   waves_.push_back(static_cast<int64_t>(tasks_.size()));
@@ -224,12 +221,12 @@ void Schedule::for_each_chunk(int threads, const F& f) const {
     });
 }
 
-double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,
-                    double order, int threads) {
+double reduce_grads(const std::vector<Param>& params, const Schedule& schedule, double order,
+                    int threads) {
   const Reduction reduction = reduction_of(order);
   std::vector<double> partials(schedule.n_slots());
   schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
-    partials[chunk.slot] = reduce_chunk(tensors[chunk.tensor], chunk, reduction, order);
+    partials[chunk.slot] = reduce_chunk(params[chunk.param], chunk, reduction, order);
   });
   // No chunk's result is negative: abs changes nothing.
   const bool is_max = reduction == Reduction::max_of_abs;
@@ -237,13 +234,13 @@ double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule
                 partials.data(), schedule.n_slots(), order);
 }
 
-void update(const std::vector<Tensor>& tensors, const Schedule& schedule,
-            const std::vector<double>& scalars, int64_t row_size, int threads) {
+void update(const std::vector<Param>& params, const Schedule& schedule,
+            const std::vector<double>& table, int64_t row_size, int threads) {
   schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
-    const Tensor& tensor = tensors[chunk.tensor];
-    const double* row = scalars.data() + tensor.scalars * row_size;
-    tensor.in_double ? update_chunk<double>(tensor, chunk, row)
-                     : update_chunk<float>(tensor, chunk, row);
+    const Param& param = params[chunk.param];
+    const double* row = table.data() + param.row * row_size;
+    param.in_double ? update_chunk<double>(param, chunk, row)
+                    : update_chunk<float>(param, chunk, row);
   });
 }
 

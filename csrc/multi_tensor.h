@@ -4,6 +4,7 @@
 #include <array>
 #include <cfenv>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -13,15 +14,20 @@ namespace fastopt {
 
 struct Operand {
   char* data = nullptr;
-  char* beside = nullptr;  // the second array of the packing, in the order of the walk
+  char* beside = nullptr;    // the second array of a packing, in the order of the walk
   uint32_t* sums = nullptr;  // the checksums of a remainder's parameter
-  DType dtype = DType::float32;
-  std::optional<Packing> packing;
+  int storage = 0;           // index into kStorages
+
+  bool is_plain() const { return storage < kDTypes; }
+  DType dtype() const { return static_cast<DType>(storage); }  // if it is plain
+  Packing packing() const { return static_cast<Packing>(storage - kDTypes); }
+  const Storage& row() const { return kStorages[storage]; }
 };
 
 // One parameter with all that a step reads and writes of it.
-struct Tensor {
+struct Param {
   // operands[0] is the parameter, [1] the gradient, the rest the states, all walked by `layout`.
+  static constexpr int kGrad = 1;
   std::array<Operand, 2 + kMaxStates> operands;
   int n_operands = 0;
   Layout layout;
@@ -31,7 +37,10 @@ struct Tensor {
   bool in_double = false;
   int64_t extent = 0;  // bytes from the parameter's first element to the end of its last
   bool active = true;  // has a gradient in this step
-  int scalars = 0;     // which row of scalars it takes
+  int row = 0;         // of the table of scalars
+
+  Operand& grad() { return operands[kGrad]; }
+  const Operand& grad() const { return operands[kGrad]; }
 };
 
 // A process forked after the first parallel region has no OpenMP workers, and libgomp would wait for
@@ -39,17 +48,17 @@ struct Tensor {
 bool forked();
 
 // A flat list of chunks of at most kChunk elements, grouped into tasks of about four times as many.
-// Tensors that share memory with an earlier one go into a later wave, so that they are updated one
+// Parameters that share memory with an earlier one go into a later wave, so that they are updated one
 // after the other, in order, as a plain loop would.
 class Schedule {
  public:
   struct Chunk {
-    int tensor;
+    int param;
     int64_t begin, n;
-    int64_t slot;  // position in the order of tensors: where the norm pass puts its partial result
+    int64_t slot;  // position in the order of parameters: where the norm pass puts its partial result
   };
 
-  explicit Schedule(const std::vector<Tensor>& tensors);
+  explicit Schedule(const std::vector<Param>& params);
 
   int64_t n_slots() const { return static_cast<int64_t>(chunks_.size()); }
 
@@ -82,12 +91,18 @@ void parallel_for(int64_t n, [[maybe_unused]] int64_t grain, [[maybe_unused]] in
   }
 }
 
-// The sum of abs(x)^order over the gradients of all active tensors; their maximum for infinity.
-double reduce_grads(const std::vector<Tensor>& tensors, const Schedule& schedule,
+// For each tensor, one more than the latest wave of the earlier ones that it shares memory with; -1 for
+// those that have no part. Views that interleave count as sharing. A tensor's extent is the addresses
+// from its first element to the end of its last.
+std::vector<int> waves_of(const std::vector<std::pair<uintptr_t, uintptr_t>>& extents,
+                          const std::vector<int>& members);
+
+// The sum of abs(x)^order over the gradients of all active parameters; their maximum for infinity.
+double reduce_grads(const std::vector<Param>& params, const Schedule& schedule,
                     double order, int threads);
 
-// Updates all active tensors. `scalars` is a table of rows of `row_size`.
-void update(const std::vector<Tensor>& tensors, const Schedule& schedule,
-            const std::vector<double>& scalars, int64_t row_size, int threads);
+// Updates all active parameters. `table` has rows of `row_size` scalars.
+void update(const std::vector<Param>& params, const Schedule& schedule,
+            const std::vector<double>& table, int64_t row_size, int threads);
 
 }  // namespace fastopt

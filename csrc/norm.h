@@ -4,7 +4,7 @@
 // results of the chunks of all tensors. What it is given is cut into rows of kLanes, the last one
 // padded with zeros. The rows are added one after the other, lane by lane; then lane i takes in lane
 // i + half, for half = 512, 256, ..., 1. The order depends on nothing else, so the bits are the same
-// for any number of threads and any instruction set, and fastopt/reference.py spells the same order
+// for any number of threads and any instruction set, and fastopt/norm.py spells the same order
 // with torch operators.
 #pragma once
 
@@ -40,6 +40,13 @@ template <Reduction reduction>
 FASTOPT_INLINE double combine(double a, double b) {
   if constexpr (reduction == Reduction::max_of_abs) return (b > a || b != b) ? b : a;
   return a + b;
+}
+
+// The factor that brings a norm down to `max_norm`, as in torch's `clip_grad_norm_`.
+inline double clip_coef(double norm, double max_norm) {
+  if (std::isinf(max_norm)) return 1;  // whatever the norm
+  const double coef = max_norm / (norm + 1e-6);
+  return coef > 1 ? 1 : coef;  // NaN stays
 }
 
 // Lanes beyond the last element would hold zeros, which change nothing: they are left out.

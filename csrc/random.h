@@ -1,6 +1,6 @@
 // Random numbers that are a function of where they are used: of a seed, the number of the step, the
 // parameter's place in the optimizer, the chunk and the element. fastopt/packing.py and
-// kernels/packed.py spell the same function, so that all backends round alike.
+// kernels/packing.py spell the same function, so that all backends round alike.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ FASTOPT_INLINE uint32_t advance(uint32_t key, int32_t i) {
 
 // 32 bits for each lane, for the elements of a chunk from the i-th on: a Weyl sequence that starts
 // at the key, and one round of shift and multiply. Little, because it is computed where an 8-bit
-// state has few cycles to spare; tests/test_packing.py shows that it is enough.
+// state has few cycles to spare; tests/packing/test_packing.py shows that it is enough.
 template <class L>
 FASTOPT_INLINE typename L::U random_bits(uint32_t key, int32_t i) {
   typename L::U x = (L::iota() + static_cast<uint32_t>(i)) * kWeyl + key;

@@ -6,22 +6,19 @@ import torch as _torch  # noqa: F401  first, so that the extension shares torch'
 
 from .amp import GradScaler
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm
-from .dispatch import Backend, backends
-from .optimizers import OPTIMIZERS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from .optimizer import Optimizer
 from .prepare import prepare
+from .rules import *  # noqa: F403
+from .rules import __all__ as _rules
+from .step.dispatch import Backend, backends
 
 __version__ = _version("fastopt")
 
 __all__ = [
-    "OPTIMIZERS",
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
+    *_rules,
     "Backend",
     "GradScaler",
     "Optimizer",
-    "RMSprop",
     "backends",
     "clip_grad_norm_",
     "clip_grad_value_",

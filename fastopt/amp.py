@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .dynamo import untraced
-from .optimizers import Optimizer
+from .optimizer import Optimizer
 
 
 class GradScaler(torch.amp.GradScaler):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, precision, settings
-from .items import Place
-from .reference import arithmetic_dtype
-from .rules import RULES, Group, Rule
-
-if TYPE_CHECKING:
-    from .optimizers import Optimizer
+from . import precision, settings
+from .packing import DTYPES
+from .rule import Group, Rule, arithmetic_dtype
+from .step import checks
+from .step.params import Place
 
 # Part of what an optimizer is, not of what it has learnt.
 _FORMS = ("master_weights", "state_dtype")
@@ -64,52 +61,59 @@ def _are_groups(groups: Any) -> bool:
     )
 
 
-def _check(optimizer: Optimizer, groups: list[Group], states: Mapping[Any, Any]) -> None:
+def _check(
+    rule: Rule,
+    own_groups: list[Group],
+    names: Iterable[str],
+    foreign: Collection[str],
+    groups: list[Group],
+    states: Mapping[Any, Any],
+) -> None:
     """Raises where no optimizer like this one can have saved these groups and states.
 
     The host waits for a GPU. Shapes are left to `convert`.
     """
-    rule = optimizer.rule
     found = [
         (group, states[index], Place(own, g, i))
-        for g, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True))
+        for g, (group, own) in enumerate(zip(groups, own_groups, strict=True))
         for i, index in enumerate(group["params"])
         if index in states
     ]
     for _, state, where in found:
-        _check_owner(rule, state, where)
+        _check_owner(rule, foreign, state, where)
     for g, group in enumerate(groups):
-        settings.check_group(rule, group, g, optimizer.defaults, may_wait=True)
+        settings.check_group(rule, group, g, names, may_wait=True)
     for group, state, where in found:
         _check_state(rule, group, state, where)
 
 
-def _check_owner(rule: Rule, state: Any, where: Place) -> None:
+def _check_owner(rule: Rule, foreign: Collection[str], state: Any, where: Place) -> None:
     if not isinstance(state, Mapping):
         raise TypeError(
             f"{where} has a state that is a {type(state).__name__}, not a dict: load what "
             "optimizer.state_dict() has returned"
         )
-    if foreign := next((key for key in state if key in _foreign(rule)), None):
+    others = (_keys(foreign) | _TORCHS) - _keys(rule.states)
+    if found := next((key for key in state if key in others), None):
         raise ValueError(
-            f"{where} has a state {foreign!r}, which is not one of {rule.name}'s: load a state "
+            f"{where} has a state {found!r}, which is not one of {rule.name}'s: load a state "
             "dict of an optimizer of the same class"
         )
 
 
 def _check_state(rule: Rule, group: Group, state: Mapping[str, Any], where: Place) -> None:
     if "step" in state and not getattr(state["step"], "is_meta", False):  # see `convert`
-        dispatch.check_step(state["step"], where, may_wait=True)
+        checks.check_step(state["step"], where, may_wait=True)
     there = [key for key, value in state.items() if value is not None]
     # A rule that counts no steps makes what is missing, and then makes a first step.
-    if rule.counts_steps and any(key in there for key in ("step", *_keys(rule))):
-        for name in ("step", *rule.states(group)):
+    if rule.counts_steps and any(key in there for key in ("step", *_keys(rule.states))):
+        for name in ("step", *rule.states_of(group)):
             if not {name, *precision.coded_keys(name)}.intersection(there):
                 raise ValueError(
                     f"{where} has no state {name!r}, but {', '.join(map(repr, there))}: load a "
                     "state dict that is complete"
                 )
-    for name in rule.possible:
+    for name in rule.states:
         _, scale = precision.coded_keys(name)
         for key in (name, scale):
             if key in there:
@@ -126,11 +130,11 @@ def _check_numbers(
     """
     if (
         not isinstance(numbers, Tensor)
-        or numbers.dtype not in dispatch.DTYPES
+        or numbers.dtype not in DTYPES
         or numbers.layout != torch.strided
     ):
-        raise dispatch.misfit(where.param, name, numbers, where)
-    if numbers.is_meta or dispatch.is_wrapper(numbers):  # of a DTensor, each process has a part
+        raise checks.misfit(where.param, name, numbers, where)
+    if numbers.is_meta or checks.is_wrapper(numbers):  # of a DTensor, each process has a part
         return
     found = ""
     if (are_scales or non_negative) and bool((numbers < 0).any()):
@@ -144,21 +148,24 @@ def _check_numbers(
         )
 
 
-def _keys(rule: Rule) -> set[str]:
-    """Of the states that a rule can have, in any form."""
-    return {key for name in rule.possible for key in (name, *precision.coded_keys(name))}
+def _keys(names: Iterable[str]) -> set[str]:
+    """Of states, in any form."""
+    return {key for name in names for key in (name, *precision.coded_keys(name))}
 
 
-@functools.cache
-def _foreign(rule: Rule) -> set[str]:
-    """The states that other rules have. All else in a parameter's state is the user's own."""
-    others = {key for other in RULES.values() for key in _keys(other)}
-    return (others | _TORCHS) - _keys(rule)
-
-
-def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def prepare(
+    rule: Rule,
+    own_groups: list[Group],
+    names: Iterable[str],
+    foreign: Collection[str],
+    state_dict: dict[str, Any],
+) -> dict[str, Any]:
     """A state dict with its tensors wrapped, and its groups with what they lack from ours: a torch
     checkpoint knows no `max_norm`.
+
+    Args:
+        names: the settings that a group must have.
+        foreign: the states that other rules have. All else in a state is the user's own.
 
     Raises:
         TypeError, ValueError, RuntimeError: no optimizer like this one can have saved it.
@@ -169,13 +176,12 @@ def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
     check_form(state_dict)
     groups = list(state_dict["param_groups"])
-    own_groups = optimizer.param_groups
     if [len(saved["params"]) for saved in groups] == [len(own["params"]) for own in own_groups]:
         groups = [
             {**own, "params": None, **saved, **{key: own[key] for key in _KEPT}}
             for own, saved in zip(own_groups, groups, strict=True)
         ]
-        _check(optimizer, groups, state_dict["state"])
+        _check(rule, own_groups, names, foreign, groups, state_dict["state"])
     # Else torch raises.
     return {
         **state_dict,
@@ -187,14 +193,14 @@ def prepare(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def restore(optimizer: Optimizer) -> None:
+def restore(rule: Rule, param_groups: list[Group], states: Mapping[Any, Any]) -> None:
     """Puts copies of the tensors that `prepare` wrapped where the parameters need them."""
-    groups = {param: group for group in optimizer.param_groups for param in group["params"]}
-    for param, state in optimizer.state.items():
+    groups = {param: group for group in param_groups for param in group["params"]}
+    for param, state in states.items():
         if not isinstance(state, dict):
             continue
         group = groups.get(param)
-        names = () if group is None else optimizer.rule.states(group)
+        names = () if group is None else rule.states_of(group)
         for name, value in list(state.items()):
             if not isinstance(value, _Saved):
                 continue
@@ -215,7 +221,13 @@ def restore(optimizer: Optimizer) -> None:
                 state[name] = tensor.to(param.device, dtype, copy=True)
 
 
-def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> None:
+def convert(
+    rule: Rule,
+    groups: list[Group],
+    states: Mapping[Any, Any],
+    saved_groups: list[Group],
+    lossy: bool,
+) -> None:
     """Brings the states, but for masters, into the form that the param groups ask for.
 
     Args:
@@ -225,26 +237,26 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
         ValueError: something would be lost that a fastopt optimizer has saved, without ``lossy``.
         RuntimeError: a state does not fit its parameter.
     """
-    for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
-        names = optimizer.rule.states(group)
+    for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        names = rule.states_of(group)
         for i, param in enumerate(group["params"]):
-            state = optimizer.state.get(param)
+            state = states.get(param)
             if not state:
                 continue
             where = Place(group, g, i)
             if param.is_meta:
-                dispatch.check_dense(param, where)
+                checks.check_dense(param, where)
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.is_meta:
                     raise RuntimeError(
                         f"{where} has a state {name!r} on the meta device, without data: load a "
                         "state dict with data"
                     )
-            forms = precision.kept(optimizer.rule, group, param, names, where)
-            for key in precision.superseded(optimizer.rule, param, state, forms):
+            forms = precision.kept(rule, group, param, names, where)
+            for key in precision.superseded(rule, param, state, forms):
                 state.pop(key, None)
-            precision.check(param, state, optimizer.rule, forms, where)
-            made = precision.convert(optimizer.rule, param, state, forms)
+            precision.check(param, state, rule, forms, where)
+            made = precision.convert(rule, param, state, forms)
             if made.lost and "state_dtype" in saved and not lossy:
                 raise ValueError(
                     f"{where} would lose precision of its {' and '.join(made.lost)}, saved with "
@@ -255,22 +267,18 @@ def convert(optimizer: Optimizer, saved_groups: list[Group], lossy: bool) -> Non
             state.update(made.new)
             for key in made.obsolete:
                 del state[key]
-            if not precision.counts_steps(optimizer.rule, state, forms):
+            if not precision.counts_steps(rule, state, forms):
                 state.pop("step", None)
 
 
-def for_torch(optimizer: Optimizer) -> dict[str, Any]:
+def for_torch(rule: Rule, groups: list[Group], state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with every state as plain numbers, and without master weights."""
-    state_dict = optimizer.state_dict()
     for group in state_dict["param_groups"]:
         for key in _FORMS:  # they do not hold any more, should it come back
             del group[key]
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    groups = [group for group in optimizer.param_groups for _ in group["params"]]
-    for index, (param, group) in enumerate(zip(params, groups, strict=True)):
+    params = [(param, group) for group in groups for param in group["params"]]
+    for index, (param, group) in enumerate(params):
         if index in state_dict["state"]:
             state = state_dict["state"][index]
-            state_dict["state"][index] = precision.plain(
-                optimizer.rule, param, state, optimizer.rule.states(group)
-            )
+            state_dict["state"][index] = precision.plain(rule, param, state, rule.states_of(group))
     return state_dict

@@ -8,20 +8,18 @@ the norm is not finite, and where some gradients are on the CPU.
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
-from .devices import moved
 from .dynamo import untraced
-from .items import describe
-from .packing import Stored
-from .plan import norm_options
-from .scalars import clip_coef
+from .rule import ASSIGN, sqrt
+from .step import checks, dispatch
+from .step.backends import Cpp, Reference, Triton
+from .step.devices import moved
+from .step.plan import norm_options
 
 Tensors = Tensor | Iterable[Tensor]
 
@@ -98,107 +96,10 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         backend.clamp(bound)
 
 
-class _Reference:
-    """What is done to gradients of one device, with torch operators."""
-
-    def __init__(self, grads: list[Tensor]) -> None:
-        self.grads = grads
-
-    def power_sum(self, order: float) -> Tensor:
-        """As `reference.power_sum`."""
-        return reference.power_sum(self.grads, order)
-
-    @torch.no_grad()
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Brings a norm, in double, down to ``max_norm``."""
-        norm = moved(norm, self.grads[0].device)
-        coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        if max_norm != math.inf:
-            for grad in self.grads:
-                grad.mul_(coef)
-
-    @torch.no_grad()
-    def clamp(self, clip_value: float) -> None:
-        for grad in self.grads:
-            grad.clamp_(-clip_value, clip_value)
+_BACKENDS: dict[str, type[Reference]] = {"cpp": Cpp, "triton": Triton, "reference": Reference}
 
 
-class _Cpp(_Reference):
-    """With the compiled extension."""
-
-    def __init__(self, grads: list[Tensor], targets: Any = None) -> None:
-        super().__init__(grads)
-        extension = dispatch.extension()
-        assert extension is not None
-        self.targets = targets or extension.Targets([describe(Stored(grad)) for grad in grads])
-
-    def power_sum(self, order: float) -> Tensor:
-        total = self.targets.power_sum(order, torch.get_num_threads())
-        return torch.tensor(total, dtype=torch.float64, device="cpu")
-
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        coef = clip_coef(float(norm), max_norm)
-        if coef != 1.0:
-            self._scale_and_clamp(coef, math.inf)
-
-    def clamp(self, clip_value: float) -> None:
-        self._scale_and_clamp(1.0, clip_value)
-
-    def _scale_and_clamp(self, coef: float, clip_value: float) -> None:
-        self.targets.scale_and_clamp(coef, clip_value, torch.get_num_threads())
-        torch.autograd.graph.increment_version(self.grads)
-
-
-class _Triton(_Reference):
-    """With the Triton kernels: a step of the rule that assigns gradients to themselves."""
-
-    def __init__(self, grads: list[Tensor]) -> None:
-        super().__init__(grads)
-        self.kernels = dispatch.triton_kernels()
-        assert self.kernels is not None
-        grads = [grad.detach() for grad in grads]
-        targets = [self.kernels.Target([Stored(grad)], grad) for grad in grads]
-        self.tensors = self.kernels.MultiTensor("assign", 0, targets, _captured)
-
-    def _begin(self, clip_value: float, max_norm: float) -> None:
-        self.tensors.begin(
-            pattern="all",
-            grads=array("q", [grad.data_ptr() for grad in self.grads]).tobytes(),
-            odd_grads=[self.grads[i] for i in self.tensors.odd],
-            rows=array("d", (1.0, clip_value, 1.0, max_norm, 0.0, 0.0)).tobytes(),
-            n_rows=1,
-            row_of=array("q", [0] * len(self.grads)).tobytes(),
-        )
-
-    def power_sum(self, order: float) -> Tensor:
-        if order not in (1, 2, math.inf):
-            return super().power_sum(order)
-        assert self.kernels is not None
-        self._begin(math.inf, math.inf)
-        total: Tensor = self.kernels.total(self.tensors.norm_partials(order), order)
-        return total
-
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        self._begin(math.inf, max_norm)
-        square = moved(norm, self.tensors.device).square()
-        self._update(square.view(1))
-
-    def clamp(self, clip_value: float) -> None:
-        self._begin(clip_value, math.inf)
-        self._update()
-
-    def _update(self, partials: Tensor | None = None) -> None:
-        self.tensors.update(partials)
-        torch.autograd.graph.increment_version(self.grads)
-
-
-# What CUDA graphs use, which do not tell when they are no longer replayed: small tables.
-_captured: list[Any] = []
-
-_BACKENDS = {"cpp": _Cpp, "triton": _Triton, "reference": _Reference}
-
-
-def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[_Reference]:
+def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[Reference]:
     """By the backend that takes them, and the device.
 
     Raises:
@@ -206,36 +107,35 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
         TypeError: one is no tensor.
     """
     asked = dispatch.resolve("auto")
-    extension = dispatch.extension()
-    if extension and asked in ("auto", "cpp"):
-        plain = extension.Targets.plain(grads, (Tensor, torch.nn.Parameter))
+    if dispatch.extension() and asked in ("auto", "cpp"):
+        plain = Cpp.of_plain(grads)
         if plain is not None:  # the common case: nothing need be looked at in Python
-            return [_Cpp(grads, plain)] if grads else []
+            return [plain] if grads else []
     groups: dict[tuple[str, torch.device], list[Tensor]] = {}
     for i, grad in enumerate(grads):
         if not isinstance(grad, Tensor):
-            raise TypeError(f"{what} {i} is {dispatch.short(grad)}: give tensors")
+            raise TypeError(f"{what} {i} is {checks.short(grad)}: give tensors")
         where = f"{what} {i}, of shape {tuple(grad.shape)},"
-        dispatch.check_dense(grad, where)
-        if in_place and dispatch.overlaps_itself(grad):
+        checks.check_dense(grad, where)
+        if in_place and checks.overlaps_itself(grad):
             raise RuntimeError(
                 f"{where} has several elements in one place of memory (an expanded tensor?) and "
                 "cannot be clipped in place: clone it"
             )
-        backend = dispatch.backend_for([grad], asked, where)
+        backend = dispatch.backend_for([grad], asked, ASSIGN, where)
         groups.setdefault((backend, grad.device), []).append(grad)
-    return [_BACKENDS[backend](members) for (backend, _), members in groups.items()]
+    return [_BACKENDS[backend].of_grads(members) for (backend, _), members in groups.items()]
 
 
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # the last for tensors of several
-        raise TypeError(f"{name} must be a number, not {dispatch.short(value)}") from None
+        raise TypeError(f"{name} must be a number, not {checks.short(value)}") from None
 
 
 def _total_norm(
-    backends: Sequence[_Reference], norm_type: float, error_if_nonfinite: bool
+    backends: Sequence[Reference], norm_type: float, error_if_nonfinite: bool
 ) -> Tensor:
     """In double, 0-dim, on the first one's device."""
     order = _number("norm_type", norm_type)
@@ -247,7 +147,7 @@ def _total_norm(
     if order == math.inf:
         norm = total.amax()  # NaN wins
     else:
-        norm = reference.sqrt(total.sum()) if order == 2 else total.sum() ** (1 / order)
+        norm = sqrt(total.sum()) if order == 2 else total.sum() ** (1 / order)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
             f"the total norm of order {norm_type} is {norm.item()}, so the gradients cannot be "

@@ -1,8 +1,8 @@
-"""The specification of how numbers are kept in two arrays, in plain torch operators.
+"""The specification of how numbers are kept in memory, in plain torch operators.
 
 16-bit parameters lie beside what makes fp32 masters of them, 8-bit states beside their scales. The
 arithmetic sees fp32 only: `Stored.unpack` makes it, `Stored.pack_` stores it again.
-``csrc/packed.h`` and ``kernels/packed.py`` have the same functions, with the same bits.
+``csrc/packing.h`` and ``kernels/packing.py`` have the same functions, with the same bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rule import arithmetic_dtype
+
 CODE_BLOCK = 256  # elements that share a scale
 SUM_BLOCK = 256  # elements that share a checksum
 CHUNK = 8192  # elements that share a key
@@ -23,6 +25,9 @@ NAN = 0x7FC00000  # the bits of one
 ONE = 127 << 23  # the bits of 1.0
 
 Random = Callable[[Tensor], Tensor]
+
+#: Of parameters and gradients.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def memory_order(tensor: Tensor) -> list[int]:
@@ -183,35 +188,49 @@ def _pack_levels(x: Tensor, max_code: int, mantissa: int, random: Tensor) -> tup
     return (bits(z) + dither - ONE) >> (23 - mantissa) & max_code, scale
 
 
+def _unpack_plain(a: Tensor, nothing: None) -> Tensor:
+    return a
+
+
+def _pack_plain(x: Tensor, random: Random) -> tuple[Tensor, None]:
+    return x, None
+
+
 @dataclass(frozen=True)
 class Packing:
     """A way of keeping numbers in an array ``a`` of their shape and an array ``b`` beside it.
 
     Args:
-        a: dtype.
+        a: dtype; None: any of `DTYPES`, and that of the arithmetic in new arrays.
         b: dtype; None where there is no such array.
-        unpack: fp32 numbers of ``a`` and ``b``.
-        pack: ``a`` and ``b`` of fp32 numbers.
+        unpack: numbers of ``a`` and ``b``.
+        pack: ``a`` and ``b`` of numbers.
         is_random: ``pack`` rounds stochastically.
-        is_coded: ``b`` has an element for each block of `CODE_BLOCK`, else for each element.
+        block: ``b`` has an element for each block of so many elements of ``a``.
     """
 
-    a: torch.dtype
+    a: torch.dtype | None
     b: torch.dtype | None
     unpack: Callable[..., Tensor]
     pack: Callable[[Tensor, Random], tuple[Tensor, Tensor | None]]
     is_random: bool = False
+    block: int = 1
 
     @property
     def is_coded(self) -> bool:
-        return self.a == torch.uint8
+        return self.block > 1
+
+    def new_a(self, like: Tensor) -> Tensor:
+        """An ``a`` for a parameter, without gaps, in the order of its memory, uninitialized."""
+        dtype = self.a or arithmetic_dtype(like)
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
 
     def b_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of ``b`` beside an ``a`` of a shape."""
-        return (math.ceil(math.prod(shape) / CODE_BLOCK),) if self.is_coded else tuple(shape)
+        return (math.ceil(math.prod(shape) / self.block),) if self.is_coded else tuple(shape)
 
     def new_b(self, like: Tensor) -> Tensor | None:
-        """A ``b`` for a tensor, in the order of its memory, uninitialized."""
+        """The same of ``b``."""
         if self.is_coded:
             return torch.empty(self.b_shape(like.shape), dtype=self.b, device=like.device)
         if self.b is None:
@@ -219,23 +238,29 @@ class Packing:
         return torch.empty_like(like, dtype=self.b, requires_grad=False)
 
 
-#: In the order of Packing in csrc/packed.h.
+def _codes(unpack: Callable[..., Tensor], pack: Callable[..., tuple[Tensor, Tensor]]) -> Packing:
+    return Packing(torch.uint8, torch.float32, unpack, pack, is_random=True, block=CODE_BLOCK)
+
+
+def _master(dtype: torch.dtype) -> Packing:
+    return Packing(dtype, torch.float32, _unpack_master, _pack_master(dtype))
+
+
 PACKINGS = {
+    "plain": Packing(None, None, _unpack_plain, _pack_plain),
     "remainder": Packing(torch.bfloat16, torch.int16, _unpack_remainder, _pack_remainder),
-    "master_of_bfloat16": Packing(
-        torch.bfloat16, torch.float32, _unpack_master, _pack_master(torch.bfloat16)
-    ),
-    "master_of_float16": Packing(
-        torch.float16, torch.float32, _unpack_master, _pack_master(torch.float16)
-    ),
+    "master_of_bfloat16": _master(torch.bfloat16),
+    "master_of_float16": _master(torch.float16),
     "stochastic": Packing(
         torch.bfloat16, None, _unpack_stochastic, _pack_stochastic, is_random=True
     ),
-    "codes": Packing(torch.uint8, torch.float32, _unpack_codes, _pack_codes, is_random=True),
-    "unsigned_codes": Packing(
-        torch.uint8, torch.float32, _unpack_unsigned_codes, _pack_unsigned_codes, is_random=True
-    ),
+    "codes": _codes(_unpack_codes, _pack_codes),
+    "unsigned_codes": _codes(_unpack_unsigned_codes, _pack_unsigned_codes),
 }
+
+#: What numbers can be kept as: the plain dtypes and the packings, by the names of Storage in
+#: csrc/packing.h, which are compared on loading.
+STORAGES = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), *[*PACKINGS][1:])
 
 
 @dataclass
@@ -244,14 +269,14 @@ class Stored:
 
     Args:
         a: the numbers themselves, or the first array of a packing.
-        packing: one of `PACKINGS`; None: plain.
+        packing: one of `PACKINGS`.
         b: the second array of the packing.
         sums: the `checksums` of ``a`` when it was packed, in the memory order of ``b``. Where they
             are others now, somebody else wrote ``a``, and ``b`` counts as 0. None: nobody did.
     """
 
     a: Tensor
-    packing: str | None = None
+    packing: str = "plain"
     b: Tensor | None = None
     sums: Tensor | None = None
 
@@ -259,19 +284,20 @@ class Stored:
     def arrays(self) -> list[Tensor]:
         return [array for array in (self.a, self.b, self.sums) if array is not None]
 
+    @property
+    def storage(self) -> int:
+        """Index into `STORAGES`."""
+        plain = str(self.a.dtype).removeprefix("torch.")
+        return STORAGES.index(plain if self.packing == "plain" else self.packing)
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers in the type of the arithmetic."""
-        if self.packing is None:
-            return self.a.detach().to(dtype)
-        return PACKINGS[self.packing].unpack(self.a.detach(), self.valid_b())
+        return PACKINGS[self.packing].unpack(self.a.detach(), self.valid_b()).to(dtype)
 
     def pack_(self, x: Tensor, random: Random) -> None:
         """Stores numbers."""
-        if self.packing is None:
-            self.a.copy_(x)
-            return
         # Blocks and random numbers go by the memory order of the first array.
-        x = torch.empty_like(self.a, dtype=torch.float32).copy_(x)
+        x = torch.empty_like(self.a, dtype=x.dtype).copy_(x)
         a, b = PACKINGS[self.packing].pack(x, random)
         self.a.copy_(a)
         if self.b is not None and b is not None:

@@ -8,10 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .packing import PACKINGS, SUM_BLOCK, Stored, bits, checksums, memory_order, param_of
-from .reference import arithmetic_dtype
-from .rules import Group, Rule
+from .packing import DTYPES, PACKINGS, SUM_BLOCK, Stored, bits, checksums, memory_order, param_of
+from .rule import Group, Rule, arithmetic_dtype
+from .step import checks, dispatch
 
 MasterWeights = Literal["auto", "fp32", "split", "stochastic"] | None
 StateDtype = torch.dtype | Literal["8bit", "float32", "bfloat16", "torch.float32", "torch.bfloat16"]
@@ -42,7 +41,7 @@ class Kept(NamedTuple):
     """
 
     numbers: str
-    packing: str | None
+    packing: str
     a: str | None
     b: str | None
 
@@ -59,7 +58,7 @@ class Kept(NamedTuple):
         )
 
 
-_PLAIN = Kept("", None, None, None)
+_PLAIN = Kept("", "plain", None, None)
 _SPLIT = Kept("", "remainder", None, "param_remainder")
 
 #: By the dtype of a parameter, the forms of its master that a state can have.
@@ -72,9 +71,7 @@ _ANY_MASTER = _MASTERS[torch.bfloat16]
 _MASTER_KEYS = [key for form in _ANY_MASTER for key in form.keys]
 
 #: By the key in a parameter's state.
-MASTER_DTYPES = {
-    key: PACKINGS[form.packing].b for form in _ANY_MASTER if form.packing for key in form.keys
-}
+MASTER_DTYPES = {key: PACKINGS[form.packing].b for form in _ANY_MASTER for key in form.keys}
 
 
 def kept(
@@ -98,7 +95,7 @@ def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
         return _PLAIN
     half = param.dtype == torch.float16
     if mode == "auto":
-        mode = "fp32" if half or dispatch.is_wrapper(param) else "split"
+        mode = "fp32" if half or checks.is_wrapper(param) else "split"
     if mode == "fp32":
         return _MASTERS[param.dtype][-1]
     if half:
@@ -106,7 +103,7 @@ def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
             f"{where} is torch.float16, which master_weights={mode!r} is not for: use 'auto', "
             "'fp32' or None, or a bfloat16 model"
         )
-    if dispatch.is_wrapper(param):
+    if checks.is_wrapper(param):
         raise ValueError(
             f"{where} is a {type(param).__name__}, for which master_weights={mode!r} does not "
             "work: use 'auto', 'fp32' or None"
@@ -117,12 +114,12 @@ def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
 def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: object) -> Kept:
     wanted = state_dtype(group)
     if wanted == torch.float32:  # or, in fact, the dtype of the arithmetic
-        return Kept(name, None, name, None)
+        return Kept(name, "plain", name, None)
     if param.dtype == torch.float64:
         raise ValueError(
             f"{where} is torch.float64, and so must be its states: not state_dtype={wanted!r}"
         )
-    if dispatch.is_wrapper(param):
+    if checks.is_wrapper(param):
         raise ValueError(
             f"{where} is a {type(param).__name__}, for which state_dtype={wanted!r} does not "
             "work: use torch.float32"
@@ -149,7 +146,7 @@ def state_dtype(group: Group) -> torch.dtype | Literal["8bit"]:
 
 def is_random(forms: list[Kept]) -> bool:
     """Whether something is rounded stochastically, for which steps are counted."""
-    return any(form.packing is not None and PACKINGS[form.packing].is_random for form in forms)
+    return any(PACKINGS[form.packing].is_random for form in forms)
 
 
 def counts_steps(rule: Rule, state: State, forms: list[Kept]) -> bool:
@@ -163,7 +160,7 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
     """Raises where an entry of a parameter's state, in any form, does not fit the parameter.
 
     Raises:
-        RuntimeError: as in `dispatch.check_dense`.
+        RuntimeError: as in `checks.check_dense`.
     """
     for form in forms:
         others = _other_forms(rule, form, param) if form.numbers else _ANY_MASTER
@@ -177,8 +174,8 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
                 )
             if _is_there(each, state):
                 for key, (shape, dtypes) in _specs(each, param).items():
-                    dispatch.check_state(param, key, state[key], shape, dtypes, where)
-                    if dispatch.is_wrapper(param) and not dispatch.is_wrapper(state[key]):
+                    checks.check_state(param, key, state[key], shape, dtypes, where)
+                    if checks.is_wrapper(param) and not checks.is_wrapper(state[key]):
                         raise RuntimeError(
                             f"{where} is a {type(param).__name__} and its state {key!r} a plain "
                             "tensor: load a state dict that was saved from such a model, with "
@@ -191,7 +188,7 @@ def are_there(param: Tensor, state: State, forms: list[Kept]) -> bool:
     return all(
         _is_in_place(form, param, state)
         and all(
-            dispatch.fits(param, state[key], shape, dtypes)
+            checks.fits(param, state[key], shape, dtypes)
             for key, (shape, dtypes) in _specs(form, param).items()
         )
         and (form is not _SPLIT or _sums(param, state["param_remainder"]) is not None)
@@ -245,6 +242,14 @@ def to_save(param: object, state: Any) -> Any:
         if sums is not None and not _checksums(param, remainder).equal(sums):
             remainder = _SPLIT.stored(param, state).valid_b()
     return {**state, "param_remainder": remainder.detach()}
+
+
+def share_memory(state: State) -> None:
+    """Moves the tensors of a parameter's state to shared memory."""
+    for tensor in state.values():
+        tensor.share_memory_()
+        if (sums := getattr(tensor, "_checksums", None)) is not None:
+            sums.share_memory_()
 
 
 def _checksums(param: Tensor, order: Tensor) -> Tensor:
@@ -314,7 +319,7 @@ def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
 
 def plain(rule: Rule, param: Tensor, state: State, names: tuple[str, ...]) -> State:
     """A parameter's state with the states called ``names`` as plain numbers, without its master."""
-    forms = [_PLAIN, *(Kept(name, None, name, None) for name in names)]
+    forms = [_PLAIN, *(Kept(name, "plain", name, None) for name in names)]
     made = convert(rule, param, state, forms)
     without = {*made.obsolete, *_MASTER_KEYS}
     return {k: v for k, v in {**state, **made.new}.items() if k not in without}
@@ -357,14 +362,14 @@ def _source(
     if _is_in_place(form, param, state):
         return None
     if form.packing == "stochastic":  # of another dtype or order
-        return Kept(form.numbers, None, form.a, None)
+        return Kept(form.numbers, "plain", form.a, None)
     return form
 
 
 def _other_forms(rule: Rule, form: Kept, param: Tensor) -> list[Kept]:
     """The other forms that the same numbers can have."""
     if form.numbers:
-        forms = [Kept(form.numbers, None, form.numbers, None), _coded(rule, form.numbers)]
+        forms = [Kept(form.numbers, "plain", form.numbers, None), _coded(rule, form.numbers)]
         return [each for each in forms if each.keys != form.keys]
     return [each for each in _MASTERS.get(param.dtype, ()) if each.keys != form.keys]
 
@@ -376,7 +381,7 @@ def _is_there(form: Kept, state: State) -> bool:
 def _sums(param: Tensor, remainder: Tensor) -> Tensor | None:
     """A remainder's `Stored.sums`; None where it has none that fit the parameter."""
     sums = getattr(remainder, "_checksums", None)
-    return sums if dispatch.fits(param, sums, _sums_shape(param), (torch.int32,)) else None
+    return sums if checks.fits(param, sums, _sums_shape(param), (torch.int32,)) else None
 
 
 def _sums_shape(param: Tensor) -> tuple[int]:
@@ -388,11 +393,11 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
     the order of the parameter's elements in memory, by which blocks and random numbers go."""
     if not _is_there(form, state):
         return False
-    if form.packing is None:
-        return form.a is None or state[form.a].dtype == arithmetic_dtype(param)
     packing = PACKINGS[form.packing]
-    if form.a is not None and state[form.a].dtype != packing.a:
+    if form.a is not None and state[form.a].dtype != (packing.a or arithmetic_dtype(param)):
         return False
+    if form.packing == "plain":
+        return True
     ordered = form.keys[:1] if packing.is_coded else form.keys
     dims = memory_order(param)
     return all(state[key].permute(dims).is_contiguous() for key in ordered)
@@ -401,12 +406,10 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
 def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """For each entry its shape, and the dtypes that it can have."""
     shape = tuple(param.shape)
-    if form.packing is None:
-        return {} if form.a is None else {form.a: (shape, dispatch.DTYPES)}
     packing = PACKINGS[form.packing]
     found: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {}
     if form.a is not None:
-        found[form.a] = shape, (packing.a,) if packing.is_coded else dispatch.DTYPES
+        found[form.a] = shape, (packing.a,) if packing.a and packing.is_coded else DTYPES
     if form.b is not None and packing.b is not None:
         found[form.b] = packing.b_shape(shape), (packing.b,)
     return found
@@ -416,13 +419,10 @@ def _initial(form: Kept, param: Tensor, value: float) -> State:
     """The entries of numbers that are all ``value``, or of the master of a parameter."""
     if form.b == "master_param":
         return {form.b: param.detach().to(torch.float32, copy=True)}
-    if form.packing is None:
-        new = _like(param, arithmetic_dtype(param))
-        return {} if form.a is None else {form.a: new.fill_(value)}
     packing = PACKINGS[form.packing]
     found: State = {}
     if form.a is not None:
-        found[form.a] = _like(param, packing.a).fill_(value)
+        found[form.a] = packing.new_a(param).fill_(value)
     if form.b is not None:
         b = packing.new_b(param)
         assert b is not None
@@ -432,19 +432,13 @@ def _initial(form: Kept, param: Tensor, value: float) -> State:
 
 def _packed(form: Kept, param: Tensor, stored: Stored) -> State:
     """The entries of numbers that are ``stored`` in some form, rounded to nearest."""
-    numbers = stored.unpack(arithmetic_dtype(param))
-    if form.packing is None:
-        return {} if form.a is None else {form.a: _like(param, numbers.dtype).copy_(numbers)}
+    if not form.keys:
+        return {}
     packing = PACKINGS[form.packing]
-    new = Stored(_like(param, packing.a), form.packing, packing.new_b(param))
-    new.pack_(numbers, _middle)
+    new = Stored(packing.new_a(param), form.packing, packing.new_b(param))
+    new.pack_(stored.unpack(arithmetic_dtype(param)), _middle)
     pairs = ((form.a, new.a), (form.b, new.b))
     return {key: array for key, array in pairs if key is not None}
-
-
-def _like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the parameter's shape, without gaps, in the order of its memory."""
-    return torch.empty_like(param, dtype=dtype, requires_grad=False)
 
 
 def _middle(like: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import dispatch, precision
-from .devices import is_on_device
-from .rules import Group, Rule
+from . import precision
+from .rule import Group, Rule
+from .step import checks
+from .step.devices import is_on_device
 
 #: torch's schedulers may end this little below 0: LinearLR(start_factor=1/3, end_factor=0) does.
 _ROUNDING = 1e-12
@@ -37,7 +38,7 @@ def check_group(
         NotImplementedError: ``differentiable`` is True.
         RuntimeError: ``foreach`` and ``fused`` are both True.
     """
-    check(group, index, names, may_wait)
+    check(rule, group, index, names, may_wait)
     if reason := rule.unfit(group, precision.state_dtype(group)):
         raise ValueError(
             f"state_dtype={group['state_dtype']!r} is not for {rule.name}: {reason}, which needs "
@@ -54,7 +55,9 @@ def check_group(
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def check(group: Group, index: int, names: Iterable[str], may_wait: bool = False) -> None:
+def check(
+    rule: Rule, group: Group, index: int, names: Iterable[str], may_wait: bool = False
+) -> None:
     """The same of single settings."""
     for name in names:
         if name not in group:
@@ -64,6 +67,8 @@ def check(group: Group, index: int, names: Iterable[str], may_wait: bool = False
             )
         if name in _CHECKS:
             _CHECKS[name](name, group[name], index, may_wait)
+        elif name in rule.hyperparameters:
+            rule.checks.get(name, number())(name, group[name], index, may_wait)
 
 
 def warn_of_typos(group: Group, names: Iterable[str], cls: str) -> None:
@@ -75,7 +80,7 @@ def warn_of_typos(group: Group, names: Iterable[str], cls: str) -> None:
     for key in group:
         for name in get_close_matches(str(key), names, n=1, cutoff=0.85):
             if key not in names and f"_{name}" not in key and f"{name}_" not in key:
-                dispatch.warn_once(
+                checks.warn_once(
                     f"a param group has {key!r}, which {cls} does not read: did you mean {name!r}?"
                 )
 
@@ -83,14 +88,14 @@ def warn_of_typos(group: Group, names: Iterable[str], cls: str) -> None:
 def _refuse(
     name: str, value: Any, index: int, wanted: str, words: str = "", error: type = ValueError
 ) -> NoReturn:
-    found = dispatch.short(value)
+    found = checks.short(value)
     raise error(f"Invalid {words or name}: {found} ({name} of param group {index} {wanted})")
 
 
 Check = Callable[[str, Any, int, bool], None]
 
 
-def _number(
+def number(
     words: str = "",
     least: float = 0.0,
     most: float = sys.float_info.max,
@@ -170,7 +175,7 @@ def _check_seed(name: str, value: Any, index: int, may_wait: bool) -> None:
 
 
 _BETAS = [
-    _number(
+    number(
         f"beta parameter at index {i}",
         most=math.nextafter(1.0, 0.0),
         wanted="must be two numbers from 0 to below 1",
@@ -179,21 +184,21 @@ _BETAS = [
 ]
 
 _CHECKS: dict[str, Check] = {
-    "lr": _number("learning rate", least=-_ROUNDING),
-    "momentum": _number("momentum value"),
-    "dampening": _number(
+    "lr": number("learning rate", least=-_ROUNDING),
+    "momentum": number("momentum value"),
+    "dampening": number(
         "dampening value", least=-sys.float_info.max, wanted="must be a finite number"
     ),
-    "weight_decay": _number("weight_decay value"),
-    "eps": _number("epsilon value"),
-    "alpha": _number("alpha value"),
+    "weight_decay": number("weight_decay value"),
+    "eps": number("epsilon value"),
+    "alpha": number("alpha value"),
     "betas": _check_betas,
-    "lr_decay": _number("lr_decay value"),
-    "initial_accumulator_value": _number("initial_accumulator_value value"),
-    "max_norm": _number(
+    "lr_decay": number("lr_decay value"),
+    "initial_accumulator_value": number("initial_accumulator_value value"),
+    "max_norm": number(
         most=math.inf, wanted="must be None or a number from 0 on", is_optional=True
     ),
-    "clip_value": _number(wanted="must be None or a finite number from 0 on", is_optional=True),
+    "clip_value": number(wanted="must be None or a finite number from 0 on", is_optional=True),
     "master_weights": _check_master_weights,
     "state_dtype": _check_state_dtype,
     "seed": _check_seed,

@@ -1,12 +1,12 @@
-"""Reductions to a norm, in Triton: the partition and the order of ``reference.power_sum``, and so
-the same bits. Terms and sums are in double."""
+"""Reductions to a norm, in Triton: the partition and the order of ``fastopt/norm.py``, and so the
+same bits. Terms and sums are in double."""
 
 import triton
 import triton.language as tl
 
 from .dtypes import load
-from .rules import maximum
-from .tables import CHUNK, CLIP_VALUE, COEF, MAX_NORM, SIGN, as_double, as_word, locate
+from .rules.arithmetic import maximum
+from .tables import CHUNK, CLIP_VALUE, COEF, MAX_NORM, UNCLIPPED_COEF, as_double, as_word, locate
 
 LANES = tl.constexpr(1024)
 LOG_LANES = tl.constexpr(10)
@@ -111,7 +111,7 @@ def clip(partials, n_partials, scalars, n_rows, row_size, norm, ASSIGNS: tl.cons
         row = start + tl.arange(0, LANES)
         known = row < n_rows
         at = scalars + row * row_size
-        sign = as_double(tl.load(at + SIGN, known, 0))
+        sign = as_double(tl.load(at + UNCLIPPED_COEF, known, 0))
         max_norm = as_double(tl.load(at + MAX_NORM, known, 0))
         coef = sign * clip_coef(total_norm, max_norm)
         tl.store(at + COEF, as_word(coef), known)

@@ -5,16 +5,16 @@ bit.
 
 Tensors: [PARAM + 2 * (1 + states), tensors]; a column has a tensor's number of elements, its param
 group, the address of its step, its number in the optimizer, the address of its checksums, and the
-addresses of both arrays (see `packed`) of itself and of each state.
-Scalars: [rows, OWN + the rule's]; a row has the gradient's factor, clip_value, the factor without
-clipping and max_norm, from which `norm.clip` computes the first, seed and step of random numbers,
-and what the rule takes.
+addresses of both arrays (see `packing`) of itself and of each state.
+Scalars: [rows, OWN + the rule's]; `fastopt.rule.HEAD`, then what the rule takes.
 Settings: [groups, 2, OWN + the rule's hyperparameters]; what `update.compute_scalars` makes rows of
 scalars from: values, then the addresses of those that lie in the device's memory, else 0.
 """
 
 import triton
 import triton.language as tl
+
+from fastopt import rule
 
 CHUNK = tl.constexpr(8192)  # elements; also the fixed partition of the norm
 BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a time
@@ -23,7 +23,13 @@ THREADS = tl.constexpr(128)  # of a program
 # Rows of the table of tensors. Those of the states follow.
 NUMEL, GROUP, STEP, NUMBER, SUMS, PARAM = (tl.constexpr(i) for i in range(6))
 # Columns of the table of scalars, and of that of settings. Those of the rule follow.
-COEF, CLIP_VALUE, SIGN, MAX_NORM, SEED, COUNT, OWN = (tl.constexpr(i) for i in range(7))
+COEF = tl.constexpr(rule.COEF)
+CLIP_VALUE = tl.constexpr(rule.CLIP_VALUE)
+UNCLIPPED_COEF = tl.constexpr(rule.UNCLIPPED_COEF)
+MAX_NORM = tl.constexpr(rule.MAX_NORM)
+SEED = tl.constexpr(rule.SEED)
+COUNT = tl.constexpr(rule.STEP)
+OWN = tl.constexpr(len(rule.HEAD))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .norm import INF, clip_coef, reduce_rows
-from .packed import CODE_BLOCK, pack, random_key, unpack
+from .packing import CODE_BLOCK, b_bytes, pack, random_key, unpack
 from .tables import (
     BLOCK,
     CHUNK,
@@ -18,23 +18,14 @@ from .tables import (
     OWN,
     PARAM,
     SEED,
-    SIGN,
     STEP,
     SUMS,
     THREADS,
+    UNCLIPPED_COEF,
     as_double,
     as_word,
     locate,
 )
-
-
-@triton.jit
-def b_bytes(elements, PACKING: tl.constexpr):
-    """The size of the second array of a packing."""
-    if PACKING == "codes" or PACKING == "unsigned_codes":
-        return elements // CODE_BLOCK * 4
-    else:
-        return elements * (2 if PACKING == "remainder" else 4)
 
 
 @triton.jit
@@ -109,7 +100,7 @@ def update(
         addresses = addresses + (address,)
         bits = bits | address
         other = begin * 0
-        if PACKINGS[i] is not None and PACKINGS[i] != "stochastic":
+        if PACKINGS[i] != "plain" and PACKINGS[i] != "stochastic":
             other = tl.load(row + n + tensor) + b_bytes(begin, PACKINGS[i])
             if PACKINGS[i] == "remainder" or PACKINGS[i] == "master":
                 bits = bits | other
@@ -143,7 +134,7 @@ def setting(settings, k, group, known, N_SETTINGS: tl.constexpr):
     settings += group * 2 * N_SETTINGS + k
     value = as_double(tl.load(settings, known, 0))
     address = tl.load(settings + N_SETTINGS, known, 0)
-    # Doubles are at odd addresses, by one too high: see `multi_tensor.address_of`.
+    # Doubles are at odd addresses, by one too high: see `launches.address_of`.
     is_double = known & (address % 2 == 1)
     is_float = known & (address % 2 == 0) & (address != 0)
     double = tl.load((address - 1).to(tl.pointer_type(tl.float64)), is_double, 0.0)
@@ -187,7 +178,7 @@ def compute_scalars(
     values = ()
     for k in tl.static_range(N_SETTINGS):
         values = values + (setting(settings, k, group, known, N_SETTINGS),)
-    coef = values[SIGN] * inv_scale
+    coef = values[UNCLIPPED_COEF] * inv_scale
     if partials is not None:
         squares = reduce_rows(partials, n_partials, 2)
         if FINDS_INF:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, FP64, BF16, FP16]

@@ -18,7 +18,7 @@ from test_triton import NoReads
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import dispatch, scalars
+from fastopt.step import dispatch, table
 
 pytestmark = masked_out
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 
 _C = dispatch.extension()
 ISAS = _C.supported_isas() if _C else []

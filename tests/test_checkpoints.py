@@ -34,7 +34,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 STATEFUL = [
     (cls, variant)
     for cls, variant in CASES
-    if cls.rule.states({**cls([torch.ones(1)]).defaults, **variant})
+    if cls.rule.states_of({**cls([torch.ones(1)]).defaults, **variant})
 ]
 each_stateful_case = pytest.mark.parametrize(("cls", "variant"), STATEFUL, ids=str)
 

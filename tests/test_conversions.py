@@ -262,7 +262,7 @@ def test_other_rules_from_mode_to_mode(cls, variant, source):
     wide = make(clones(parameters(optimizer)), "fp32", FP32, cls, **variant)
     wide.load_state_dict(optimizer.state_dict())
     assert_same_bits(masters(wide), masters(optimizer))
-    names = cls.rule.states(wide.param_groups[0])
+    names = cls.rule.states_of(wide.param_groups[0])
     for param in parameters(wide):
         assert all(wide.state[param][name].dtype == FP32 for name in names)
     assert_same_bits(
@@ -377,7 +377,7 @@ def test_from_torch(cls, variant, dtype):
         )
         assert_same_bits(masters(ours), [param.float() for param in params])
         for index, param in enumerate(parameters(ours)):
-            for name in cls.rule.states(group):
+            for name in cls.rule.states_of(group):
                 found = ours.torch_state_dict()["state"][index][name].float()
                 wanted = saved["state"][index][name].float()
                 if states == FP32 or (states == BF16 == dtype):
@@ -405,14 +405,14 @@ def test_to_torch_and_back(cls, variant, dtype):
         dicts = [ours.torch_state_dict()]
         if states != "8bit":
             dicts.append(ours.state_dict())
-        names = set(cls.rule.states(ours.param_groups[0])) | {"step"}
+        names = set(cls.rule.states_of(ours.param_groups[0])) | {"step"}
         assert all(state.keys() <= names for state in dicts[0]["state"].values())
         results = []
         for state_dict in dicts:
             theirs = torch_class(cls)(clones(params), foreach=False, **variant)
             theirs.load_state_dict(through_file(state_dict))
             for index, param in enumerate(parameters(theirs)):
-                for name in cls.rule.states(ours.param_groups[0]):
+                for name in cls.rule.states_of(ours.param_groups[0]):
                     found = theirs.state[param][name]
                     assert found.dtype == dtype
                     wanted = dicts[0]["state"][index][name]

@@ -8,7 +8,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import checks
 
 BACKENDS = ["cpp", "reference"]
 
@@ -122,7 +122,7 @@ def test_who_takes_sparse_gradients(cls, cure):
 
 def test_gradient_on_another_device():
     with pytest.raises(RuntimeError, match="^it is on cpu and its gradient on meta: move"):
-        dispatch.check(torch.zeros(2), torch.zeros(2, device="meta"), "it")
+        checks.check(torch.zeros(2), torch.zeros(2, device="meta"), "it")
 
 
 def test_names_of_parameters_are_said():
@@ -248,7 +248,7 @@ def test_negated_views():
 
 def test_a_missing_extension_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "_load", lambda: (None, "there is none"))
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     param = torch.nn.Parameter(torch.zeros(1))
     param.grad = torch.ones(1)
     optimizer = fastopt.SGD([param], lr=1.0)
@@ -261,4 +261,4 @@ def test_a_missing_extension_warns_once(monkeypatch):
     assert fastopt.backends()["cpp"] == (False, "there is none")
     with pytest.raises(RuntimeError, match="backend='cpp' does not work here: there is none"):
         fastopt.SGD([param], backend="cpp")
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()

@@ -15,7 +15,7 @@ from helpers import CASES, PACKAGE
 from test_lifecycle import ISAS, MODES, suits
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 
 PAGE = mmap.PAGESIZE
 # All tails of all vectors and blocks; then buffers (512), lanes (1,024) and chunks (8,192).

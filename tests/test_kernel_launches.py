@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 
 if importlib.util.find_spec("triton") is None or dispatch.extension() is None:
     pytest.skip("the Triton backend cannot work here", allow_module_level=True)

@@ -45,7 +45,7 @@ from textbook import (
 )
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 from fastopt.packing import Stored, param_of
 
 _C = dispatch.extension()

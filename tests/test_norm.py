@@ -9,8 +9,9 @@ from test_bits import DTYPES, ISAS, machine
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import dispatch, reference
-from fastopt.items import describe
+from fastopt import norm
+from fastopt.step import dispatch
+from fastopt.step.params import describe
 from fastopt.packing import Stored
 
 ORDERS = [1, 2, 3.5, 0.5, math.inf, "inf"]
@@ -94,7 +95,7 @@ def test_bits_of_the_definition(order, dtype):
     cases += [(grads + many, grads + many), ([spread.transpose(0, 2)] * 2, [spread] * 2)]
     for tensors, in_memory_order in cases:
         wanted = definition(in_memory_order, order)
-        assert reference.power_sum(tensors, order).item() == wanted
+        assert norm.power_sum(tensors, order).item() == wanted
         targets = dispatch.extension().Targets([describe(Stored(tensor)) for tensor in tensors])
         for isa in ISAS:
             for threads in (1, 2, 3):

@@ -157,9 +157,9 @@ def test_settings_that_turn_bad(setting, value, error, backend):
 
 def test_the_reference_is_kept_where_gradients_come_and_go(monkeypatch):
     calls = []
-    update = fastopt.reference.update_
+    update = fastopt.norm.update_
     monkeypatch.setattr(
-        fastopt.reference, "update_", lambda *args: (calls.append(1), update(*args))
+        fastopt.norm, "update_", lambda *args: (calls.append(1), update(*args))
     )
     param = param_with(torch.ones(3))
     optimizer = fastopt.Adam([param], backend="reference")

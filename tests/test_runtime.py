@@ -11,7 +11,8 @@ import torch
 from helpers import assert_same_bits
 
 import fastopt
-from fastopt import dispatch, plan, rules, torch_fields
+from fastopt import rules
+from fastopt.step import dispatch, plan, torch_abi
 
 _C = dispatch.extension()
 
@@ -149,7 +150,7 @@ def test_report():
 def test_table_and_extension_agree():
     compiled = {(name, states): scalars for name, states, scalars in _C.rules()}
     variants = {
-        (cls.rule.name, " ".join(cls.rule.states({**cls([torch.zeros(1)]).defaults, **variant})))
+        (cls.rule.name, " ".join(cls.rule.states_of({**cls([torch.zeros(1)]).defaults, **variant})))
         for cls in fastopt.OPTIMIZERS
         for variant in cls.variants
     }
@@ -186,7 +187,7 @@ def test_where_torchs_fields_are_not_found():
         "    print(o._plan.holds(o, scalars.Rows(o)), p.double().sum().item())"
     )
     fast = run_python(code.format("")).stdout
-    slow = run_python(code.format("dispatch.torch_fields.find = lambda: None")).stdout
+    slow = run_python(code.format("dispatch.torch_abi.find = lambda: None")).stdout
     assert len(fast.splitlines()) == len(fastopt.OPTIMIZERS)
     assert "False" not in fast
     assert slow == fast.replace("True", "False")
@@ -197,15 +198,15 @@ def test_wrong_fields_of_torch_are_not_used():
     code = (
         "import fastopt\n"
         "from fastopt import dispatch, torch_fields\n"
-        "search = torch_fields._search\n"
-        "for name in (*torch_fields.Fields._fields, None):\n"
+        "search = torch_abi._search\n"
+        "for name in (*torch_abi.Fields._fields, None):\n"
         "    wrong = lambda t: (f := search(t))._replace(**{name: getattr(f, name) + 8})\n"
-        "    torch_fields._search = wrong if name else search\n"
+        "    torch_abi._search = wrong if name else search\n"
         "    dispatch._load.cache_clear()\n"
         "    print(dispatch.extension().knows_torch_fields(), fastopt.backends()['cpp'].detail)"
     )
     *wrong, right = run_python(code).stdout.splitlines()
-    assert len(wrong) == len(torch_fields.Fields._fields)
+    assert len(wrong) == len(torch_abi.Fields._fields)
     assert all(line.startswith("False CPU tensors") for line in wrong)
     assert all("slow on many tensors" in line for line in wrong)
     assert right.startswith("True CPU tensors")

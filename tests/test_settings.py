@@ -13,7 +13,8 @@ from helpers import BACKENDS, interpreted, masked_out, new_params, set_grads, ta
 from test_conversions import unchanged
 
 import fastopt
-from fastopt import dispatch, settings
+from fastopt import settings
+from fastopt.step import checks
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -156,7 +157,7 @@ def test_a_setting_that_is_missing(name):
 @pytest.mark.parametrize("cls", fastopt.OPTIMIZERS)
 def test_every_setting_has_a_check(cls):
     assert cls(new_params([(3,)])).defaults.keys() <= settings._CHECKS.keys()
-    assert {*cls.rule.keys} <= settings._CHECKS.keys()
+    assert {*cls.rule.hyperparameters} <= settings._CHECKS.keys()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_words_for_state_dtypes(words, meaning):
     ],
 )
 def test_typos_warn_once(key, setting):
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     message = f"a param group has '{key}', which AdamW does not read: did you mean '{setting}'?"
     with pytest.warns(UserWarning, match="did you mean") as warned:
         fastopt.AdamW([{"params": [param], key: 1.0} for param in new_params([(3,), (4,)])])
@@ -216,7 +217,7 @@ def test_typos_warn_once(key, setting):
 
 
 def test_keys_of_frameworks_do_not_warn():
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     keys = [
         *("name", "param_names", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "lr_scale"),
         *("lr_mult", "base_momentum", "max_momentum", "no_weight_decay", "weight_decay_mult"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt.kernels.targets import waves
+from fastopt import _C
 
 pytestmark = masked_out
 

@@ -13,7 +13,8 @@ from helpers import BACKENDS, CASES, assert_same_bits, new_params, set_grads
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import plan, reference
+from fastopt import norm
+from fastopt.step import plan
 
 FIRST = {"momentum": 0.9, "dampening": 0.5}  # the first step differs from the others
 
@@ -369,7 +370,7 @@ def test_a_written_parameter_costs_its_own_work_only(backend, past_the_version):
         (params[1].data if past_the_version else params[1])[3] = 7.0
     with pytest.MonkeyPatch.context() as patch:
         if backend == "cpp":
-            patch.setattr("fastopt.optimizers.Plan", None)  # no new one
+            patch.setattr("fastopt.optimizer.Plan", None)  # no new one
         set_grads(params, 9)
         optimizer.step()
     found = list(optimizer.master_params())

@@ -12,58 +12,58 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastopt
-from fastopt import torch_fields
+from fastopt.step import torch_abi
 
 SHAPES = ((8, 8), (16,), (), (2, 1, 3, 2, 1, 2, 2))
 
 
 def test_the_layout_is_known_here():
     """Else every step would be planned anew: right, but slow."""
-    assert torch_fields.find() is not None
+    assert torch_abi.find() is not None
 
 
 @pytest.mark.parametrize("name", ["_search", "_verify", "_allocation", "_function"])
 def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
     def fails(*arguments):
-        raise torch_fields.NotFoundError
+        raise torch_abi.NotFoundError
 
     monkeypatch.setattr(torch_fields, name, fails)
-    assert torch_fields.find() is None
+    assert torch_abi.find() is None
 
 
 def test_a_field_in_two_places_is_not_found():
-    with pytest.raises(torch_fields.NotFoundError):
-        torch_fields._search([torch.zeros(1)])  # 1 is its size, its stride and what not
+    with pytest.raises(torch_abi.NotFoundError):
+        torch_abi._search([torch.zeros(1)])  # 1 is its size, its stride and what not
 
 
 @pytest.mark.parametrize("error", [8, -8, 1 << 20])
-@pytest.mark.parametrize("name", torch_fields.Fields._fields)
+@pytest.mark.parametrize("name", torch_abi.Fields._fields)
 def test_a_wrong_field_is_noticed(monkeypatch, name: str, error: int):
-    search = torch_fields._search
+    search = torch_abi._search
 
-    def wrong(tensors: list[Tensor]) -> torch_fields.Fields:
+    def wrong(tensors: list[Tensor]) -> torch_abi.Fields:
         found = search(tensors)
         return found._replace(**{name: getattr(found, name) + error})
 
     monkeypatch.setattr(torch_fields, "_search", wrong)
-    assert torch_fields.find() is None
+    assert torch_abi.find() is None
 
 
 def test_what_lies_behind_an_object_is_no_field(monkeypatch):
     """As large as an object may be, for all that the allocator tells."""
-    allocation, found = torch_fields._allocation, torch_fields.find()
+    allocation, found = torch_abi._allocation, torch_abi.find()
     assert found is not None
     monkeypatch.setattr(
         torch_fields, "_allocation", lambda address: allocation(address) + os.urandom(64)
     )
-    assert torch_fields.find() == found
+    assert torch_abi.find() == found
 
 
 def test_only_what_was_allocated_is_read(monkeypatch):
     """Smaller objects than any torch has: fields that do not fit into them are not found."""
-    allocation = torch_fields._allocation
+    allocation = torch_abi._allocation
     monkeypatch.setattr(torch_fields, "_allocation", lambda address: allocation(address)[:48])
-    assert torch_fields.find() is None
+    assert torch_abi.find() is None
 
 
 @pytest.mark.parametrize(
@@ -77,20 +77,20 @@ def test_only_what_was_allocated_is_read(monkeypatch):
 )
 def test_they_are_found_in_any_mode(mode):
     with mode():
-        found = torch_fields.find()
-    assert found == torch_fields.find()
+        found = torch_abi.find()
+    assert found == torch_abi.find()
 
 
 def test_they_are_found_within_functorch():
     found = []
 
     def loss(x: Tensor) -> Tensor:
-        found.append(torch_fields.find())
+        found.append(torch_abi.find())
         return x.sum()
 
     torch.func.grad(loss)(torch.ones(2))
     torch.func.functionalize(loss)(torch.ones(2))
-    assert found == 2 * [torch_fields.find()]
+    assert found == 2 * [torch_abi.find()]
 
 
 def pair() -> tuple[list[Tensor], fastopt.AdamW, list[Tensor], fastopt.AdamW]:

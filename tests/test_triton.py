@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt import dispatch, items, plan, scalars
+from fastopt.step import checks, dispatch, params, plan, table
 
 pytestmark = [interpreted, *masked_out]
 
@@ -394,7 +394,7 @@ def test_clip_grad_norm(triton_by_default, order):
     params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
-    wanted = fastopt.reference.power_sum(grads, order)
+    wanted = fastopt.norm.power_sum(grads, order)
     wanted = wanted if order == math.inf else wanted ** (1 / order)
     norm = fastopt.get_total_norm(grads, order)
     torch.testing.assert_close(norm, wanted.float(), rtol=1e-7, atol=0)
@@ -493,7 +493,7 @@ def test_cpu_tensors_without_the_interpreter():
 
 def test_other_devices(monkeypatch):
     """They are updated by the reference, and that is said once."""
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
     tensor = SimpleNamespace(device=torch.device("mps"), is_neg=lambda: False)
     monkeypatch.setattr(dispatch, "is_wrapper", lambda tensor: False)
     cuda = SimpleNamespace(device=torch.device("cuda:1"), is_neg=lambda: False)
@@ -505,7 +505,7 @@ def test_other_devices(monkeypatch):
         assert dispatch.backend_for([tensor], "auto", "a parameter") == "reference"
     with pytest.raises(RuntimeError, match="a parameter is on mps, which backend='triton' cannot"):
         dispatch.backend_for([tensor], "triton", "a parameter")
-    dispatch.warn_once.cache_clear()
+    checks.warn_once.cache_clear()
 
 
 def test_no_gradient_at_all():

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import dispatch
+from fastopt.step import dispatch
 from fastopt.packing import param_of
 
 pytestmark = [

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import extent
+from ..packing import extent
 
 
 class Use(NamedTuple):

@@ -13,15 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastopt.devices import capturing, guard
+from fastopt import _C
+from fastopt.rule import ASSIGN, Rule
+from fastopt.step.devices import capturing, guard
+from fastopt.step.params import Target
 
-from . import rules
 from .norm import clip, reduce_chunks, reduce_partials
+from .rules import RULES
+from .staged import Staged
 from .tables import CHUNK, OWN, THREADS
-from .targets import Staged, Target, waves
 from .update import compute_scalars, update
-
-__all__ = ["INTERPRETED", "NO_GRAD", "MultiTensor", "Target", "address_of", "total"]
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -55,25 +56,30 @@ class _Kind(NamedTuple):
         wave: targets that share memory are updated one after the other, in launches of their own.
         dtypes: of parameter, gradient and states; of the first arrays of a packing.
         packings: theirs.
-        gap: as in `Target`.
+        gap: as in `Rule.gap`.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
-    packings: tuple[str | None, ...]
+    packings: tuple[str, ...]
     gap: int | None
 
 
-def _kind(target: Target) -> _Kind:
+def _kind(rule: Rule, target: Target) -> _Kind:
     """Of a target of the first wave."""
     a, *states = (DTYPES[stored.a.dtype] for stored in target.stored)
     # What the kernels need not be told twice.
     packing, *others = (
-        "master" if (stored.packing or "").startswith("master") else stored.packing
+        "master" if stored.packing.startswith("master") else stored.packing
         for stored in target.stored
     )
     dtypes = (a, DTYPES[target.grad.dtype], *states)
-    return _Kind(0, dtypes, (packing, None, *others), target.gap)
+    return _Kind(0, dtypes, (packing, "plain", *others), rule.gap(target.names))
+
+
+def rules() -> dict[str, tuple[str, ...]]:
+    """For each rule the names of its scalars, then of the states that it can have."""
+    return {name: tuple(rule.update.arg_names[2:]) for name, rule in RULES.items()}
 
 
 class MultiTensor:
@@ -83,8 +89,6 @@ class MultiTensor:
     Nothing in it waits for the device.
 
     Args:
-        rule: the name of one in `rules`.
-        n_scalars: how many scalars it takes.
         targets: at least one; all on one device.
         captured: where to keep what a CUDA graph will use at its replays.
         on_device: the device counts the steps and computes the scalars.
@@ -92,14 +96,14 @@ class MultiTensor:
 
     def __init__(
         self,
-        rule: str,
-        n_scalars: int,
+        rule: Rule,
         targets: Sequence[Target],
         captured: list[Any],
         on_device: bool = False,
     ) -> None:
-        self.rule = rule
-        self.n_scalars = n_scalars
+        self.rule = RULES[rule.name]
+        self.assigns = rule is ASSIGN
+        self.n_scalars = len(rule.scalar_names)
         self.captured = captured
         self.on_device = on_device
         self.device = targets[0].param.device
@@ -109,7 +113,7 @@ class MultiTensor:
             written[i] = staged.written
         self.numels = [target.param.numel() for target in targets]
         self.extents = [target.extent for target in targets]
-        self.kinds = [_kind(target) for target in targets]
+        self.kinds = [_kind(rule, target) for target in targets]
         values = max(map(len, written))
         columns = [
             [
@@ -131,7 +135,7 @@ class MultiTensor:
         self.own_row = array("q", range(n)).tobytes()
         self.words = b""
         self.words_there = self._empty(0)
-        self.scalars = self._empty(n if on_device else 0, OWN.value + n_scalars)
+        self.scalars = self._empty(n if on_device else 0, OWN.value + self.n_scalars)
         self.pattern: object = None
         self.stream: object = None
 
@@ -239,7 +243,7 @@ class MultiTensor:
             self.n_rows,
             self.row_size,
             norm,
-            ASSIGNS=self.rule == "assign",
+            ASSIGNS=self.assigns,
             **_options(),
         )
 
@@ -265,7 +269,7 @@ class MultiTensor:
             n,
             0 if partials is None else partials.shape[0],
             wave,
-            RULE_SCALARS=getattr(rules, f"{self.rule}_scalars"),
+            RULE_SCALARS=self.rule.scalars,
             N_SETTINGS=self.row_size // 2,  # as values and as addresses
             FINDS_INF=finds_inf,
             **_options(),
@@ -279,7 +283,7 @@ class MultiTensor:
             chunks.words,
             self.scalars if self.on_device else self.rows,
             len(self.kinds),
-            RULE=getattr(rules, self.rule),
+            RULE=self.rule.update,
             N_SCALARS=self.n_scalars,
             GAP=kind.gap,
             DTYPES=kind.dtypes,
@@ -289,7 +293,7 @@ class MultiTensor:
 
     def _schedule(self, active: list[int]) -> None:
         """Plans the launches for the targets that have a gradient."""
-        wave_of = waves(self.extents, active)
+        wave_of = _C.waves(self.extents, active)
         slots = self._slots(active)
         by_kind: dict[_Kind, list[int]] = {}
         by_dtype: dict[tl.dtype, list[int]] = {}

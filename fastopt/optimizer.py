@@ -1,4 +1,4 @@
-"""The optimizers: torch's constructors and state, one fused step."""
+"""The base class of all optimizers: torch's param groups and state, one fused step."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from . import checkpoints, dispatch, precision, settings
-from .clip import get_total_norm
-from .dispatch import BackendName
+from . import checkpoints, precision, settings
 from .dynamo import untraced
-from .items import Place, Undo, new_states, take_back
-from .plan import Plan
 from .precision import MasterWeights, StateDtype
-from .rules import RULES, Group, Rule
-from .scalars import Rows
+from .rule import Group, Rule
+from .step import dispatch
+from .step.dispatch import BackendName
+from .step.params import Place, Undo, new_states, take_back
+from .step.plan import Plan
+from .step.table import Scaling, Table
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+def on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Calls a method on the optimizer itself, where it is called on a wrapper, and untraced."""
 
     @functools.wraps(method)
@@ -37,6 +37,30 @@ def _on_real(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[A
         return method(self._real, *args, **kwargs)
 
     return untraced(call)
+
+
+class Extra(TypedDict, total=False):
+    """Settings that all optimizers have and take by keyword, unlike some of torch's classes."""
+
+    fused: bool | None
+    max_norm: float | None
+    clip_value: float | None
+    master_weights: MasterWeights
+    state_dtype: StateDtype
+    seed: int
+    backend: BackendName
+
+
+class CommonButForeach(Extra, total=False):
+    maximize: bool
+    capturable: bool
+    differentiable: bool
+
+
+class Common(CommonButForeach, total=False):
+    """The settings that all optimizers have: see `Optimizer`."""
+
+    foreach: bool | None
 
 
 class Shared:
@@ -58,6 +82,15 @@ class Shared:
         self.found_inf: Tensor | float | None = None
         self.findings: dict[torch.device, Tensor] | None = None
         self.scaled = False
+
+    @property
+    def scaling(self) -> Scaling:
+        if self.grad_scale is None and self.found_inf is None and self.findings is None:
+            return _UNSCALED
+        return Scaling(self.grad_scale, self.found_inf, self.findings)
+
+
+_UNSCALED = Scaling()
 
 
 def _given(name: str) -> Any:
@@ -147,19 +180,46 @@ class Optimizer(torch.optim.Optimizer):
     found_inf = _given("found_inf")
 
     @untraced
-    def __init__(self, params: Params, defaults: dict[str, Any], backend: str) -> None:
-        self.backend = dispatch.resolve(backend)
+    def __init__(
+        self,
+        params: Params,
+        settings: dict[str, Any],
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        master_weights: MasterWeights = "auto",
+        state_dtype: StateDtype = torch.float32,
+        seed: int = 0,
+        backend: BackendName = "auto",
+    ) -> None:
+        self.backend = dispatch.resolve(backend, self.rule)
         self._begin()
-        super().__init__(params, defaults)
+        common = {
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "max_norm": max_norm,
+            "clip_value": clip_value,
+            "master_weights": master_weights,
+            "state_dtype": state_dtype,
+            "seed": seed,
+        }
+        super().__init__(params, settings | common)
 
     def _begin(self) -> None:
         """Sets what no state dict, copy or pickle has."""
         self._shared = Shared(self)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         self._plan: Plan | None = None
+        self._table: Table | None = None
         self._lock = _new_lock()
-        #: Of the last steps, as far as they need no other look: see `Rows`.
-        self._good_settings: set[Any] = set()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -223,14 +283,18 @@ class Optimizer(torch.optim.Optimizer):
     def _step(self, undo: Undo) -> None:
         # Gone until the step is made: a plan that raised may be stale.
         plan, self._plan = self._plan, None
-        rows = Rows(self)
-        if not rows.on_device and rows.scaling.skips:
-            self._measure(rows.inv_scale)
-        else:
-            if plan is None or not plan.holds(self, rows):
-                plan = Plan(self, rows, undo)
-            plan.run(self, rows, undo)
-        if plan is not None and plan.reusable:
+        groups, table = self.param_groups, self._table
+        if table is None or not table.holds(groups):
+            table = self._table = Table(self.rule, groups, table)
+        scaling = self._shared.scaling
+        on_device = table.on_device or scaling.on_device
+        made_for = groups, self.state, table, self.backend, on_device
+        if plan is None or not plan.holds(*made_for):
+            for g, group in enumerate(groups):
+                settings.check_group(self.rule, group, g, self.defaults)
+            plan = Plan(self.rule, *made_for, self._captured, undo)
+        self._shared.grad_norm = plan.run(scaling, undo)
+        if plan.reusable:
             self._plan = plan
 
     @staticmethod
@@ -255,16 +319,7 @@ class Optimizer(torch.optim.Optimizer):
 
         return untraced(wrapper)
 
-    def _measure(self, inv_scale: float) -> None:
-        """Sets `grad_norm` for a step that is skipped."""
-        norm = None
-        if any(group["max_norm"] is not None for group in self.param_groups):
-            params = [param for group in self.param_groups for param in group["params"]]
-            grads = [param.grad for param in params if param.grad is not None]
-            norm = get_total_norm(grads) * inv_scale
-        self.grad_norm = norm
-
-    @_on_real
+    @on_real
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as in torch; warns of keys that look like a setting's name with a typo.
 
@@ -283,8 +338,26 @@ class Optimizer(torch.optim.Optimizer):
             settings.warn_of_typos(param_group, self.defaults, type(self).__name__)
         with self._lock:
             super().add_param_group(param_group)
+            if self.rule.from_the_start:
+                self._make_states(len(self.param_groups) - 1)
 
-    @_on_real
+    def _make_states(self, g: int) -> None:
+        """Makes the states of a new group, which is taken back if that fails."""
+        group = self.param_groups[g]
+        before = dict(self.state)
+        try:
+            for i, param in enumerate(group["params"]):
+                place = Place(group, g, i)
+                forms = precision.kept(self.rule, group, param, self.rule.states_of(group), place)
+                if param.is_floating_point() and param not in self.state:
+                    self.state[param] = new_states(self.rule, group, param, {}, forms).new
+        except BaseException:
+            self.param_groups.pop()
+            self.state.clear()
+            self.state.update(before)
+            raise
+
+    @on_real
     def load_state_dict(self, state_dict: dict[str, Any], lossy: bool = False) -> None:
         """Loads a state dict of this class or of the torch class of the same name.
 
@@ -313,7 +386,9 @@ class Optimizer(torch.optim.Optimizer):
         saved: list[Group] = []
 
         def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared = checkpoints.prepare(optimizer, state_dict)
+            prepared = checkpoints.prepare(
+                self.rule, self.param_groups, self.defaults, _foreign(self.rule), state_dict
+            )
             saved.extend(state_dict["param_groups"])
             return prepared
 
@@ -323,23 +398,23 @@ class Optimizer(torch.optim.Optimizer):
             before = self.state, self.param_groups, self._plan
             try:
                 super().load_state_dict(state_dict)
-                checkpoints.convert(self, saved, lossy)
+                checkpoints.convert(self.rule, self.param_groups, self.state, saved, lossy)
             except BaseException:
                 self.state, self.param_groups, self._plan = before
                 raise
             finally:
                 handle.remove()
 
-    @_on_real
+    @on_real
     def torch_state_dict(self) -> dict[str, Any]:
         """`state_dict` as `torch.optim` wants it, where ``state_dtype`` is ``"8bit"``.
 
         The states are fp32 numbers under torch's names; what belongs to master weights is left out
         (see `master_params`). The other modes' state dicts load into `torch.optim` as they are.
         """
-        return checkpoints.for_torch(self)
+        return checkpoints.for_torch(self.rule, self.param_groups, self.state_dict())
 
-    @_on_real
+    @on_real
     def master_params(self) -> Iterator[Tensor]:
         """The parameters at full precision, in the order of the groups, for evaluation or export.
 
@@ -355,7 +430,7 @@ class Optimizer(torch.optim.Optimizer):
                 state = self.state.get(param, {})
                 yield precision.master(group, param, state, Place(group, g, i))
 
-    @_on_real
+    @on_real
     def state_dict(self) -> dict[str, Any]:
         """As in torch; remainders are 0 where the parameter was written since the last step.
 
@@ -370,7 +445,7 @@ class Optimizer(torch.optim.Optimizer):
             finally:
                 handle.remove()
 
-    @_on_real
+    @on_real
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
@@ -379,12 +454,11 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "_shared" not in vars(self):
             self._begin()
-        self._plan = None
-        self._good_settings = set()
+        self._plan = self._table = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        checkpoints.restore(self)
+        checkpoints.restore(self.rule, self.param_groups, self.state)
 
 
 def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -394,6 +468,19 @@ def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for key, state in state_dict["state"].items():
         param = params[key] if isinstance(key, int) and 0 <= key < len(params) else None
         state_dict["state"][key] = precision.to_save(param, state)
+
+
+def _foreign(rule: Rule) -> set[str]:
+    """The states that other rules have. All else in a parameter's state is the user's own."""
+    others = _subclasses(Optimizer)
+    known = {state for cls in others if "rule" in vars(cls) for state in cls.rule.states}
+    return known - set(rule.states)
+
+
+def _subclasses(cls: type[Optimizer]) -> Iterator[type[Optimizer]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -415,268 +502,24 @@ if hasattr(os, "register_at_fork"):  # the thread that holds a lock is not there
     os.register_at_fork(after_in_child=_free_locks)
 
 
-def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The defaults of a param group: all arguments of a constructor but these."""
-    others = ("self", "params", "backend", "__class__")
-    return {key: value for key, value in arguments.items() if key not in others}
-
-
 C = TypeVar("C", bound=type[Optimizer])
 
 
-def _documented(cls: C) -> C:
-    """Adds to a class's docstring, which has its own arguments, those that it shares."""
+def documented(cls: C) -> C:
+    """Adds the arguments of `Common` to a class's docstring and signature, which have its own."""
     if cls.__doc__ and Optimizer.__doc__:  # not with python -OO
         summary, own = inspect.cleandoc(cls.__doc__).split("Args:\n")
         _, shared = inspect.cleandoc(Optimizer.__doc__).split("Args:\n")
         common = shared.replace("    lr, ...: the rule's own settings.", own)
         cls.__doc__ = f"{summary}Args:\n{common}"
+    signature = inspect.signature(cls.__init__)
+    *own_parameters, _ = signature.parameters.values()
+    _, _, _, *common_parameters = inspect.signature(Optimizer.__init__).parameters.values()
+    parameters = [
+        *own_parameters,
+        *(each for each in common_parameters if each.name not in signature.parameters),
+    ]
+    cls.__init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters
+    )
     return cls
-
-
-@_documented
-class SGD(Optimizer):
-    """SGD with momentum, as `torch.optim.SGD`.
-
-    Args:
-        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
-        momentum (default 0): the factor on the old ``momentum_buffer``; 0: there is none.
-        dampening (default 0): 1 minus the factor on the gradient that is added to it, but for the
-            first one.
-        weight_decay (default 0): times the parameter, added to the gradient.
-        nesterov (default False): step by the gradient plus ``momentum`` times the new buffer,
-            instead of by the buffer; wants a ``momentum``, and no ``dampening``.
-    """
-
-    rule = RULES["sgd"]
-    variants = (
-        {"momentum": 0.9},
-        {},
-        {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.9, "dampening": 0.1},
-    )
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_norm: float | None = None,
-        clip_value: float | None = None,
-        master_weights: MasterWeights = "auto",
-        state_dtype: StateDtype = torch.float32,
-        seed: int = 0,
-        backend: BackendName = "auto",
-    ) -> None:
-        super().__init__(params, _settings(locals()), backend)
-
-
-@_documented
-class Adagrad(Optimizer):
-    """Adagrad, as `torch.optim.Adagrad`. The states exist from the start, as in torch.
-
-    Args:
-        lr (default 1e-2): the learning rate, a number or a tensor of one, read at each step.
-        lr_decay (default 0): in step t, ``lr`` is divided by 1 + (t - 1) * lr_decay.
-        weight_decay (default 0): times the parameter, added to the gradient.
-        initial_accumulator_value (default 0): what ``sum``, of the squared gradients, starts from.
-        eps (default 1e-10): added to the root of ``sum``, by which the gradient is divided.
-    """
-
-    rule = RULES["adagrad"]
-    variants = ({}, {"lr_decay": 0.01, "initial_accumulator_value": 0.1})
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        foreach: bool | None = None,
-        *,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_norm: float | None = None,
-        clip_value: float | None = None,
-        master_weights: MasterWeights = "auto",
-        state_dtype: StateDtype = torch.float32,
-        seed: int = 0,
-        backend: BackendName = "auto",
-    ) -> None:
-        super().__init__(params, _settings(locals()), backend)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        group, g = self.param_groups[-1], len(self.param_groups) - 1
-        names = self.rule.states(group)
-        before = dict(self.state)
-        try:
-            forms = [
-                precision.kept(self.rule, group, param, names, Place(group, g, i))
-                for i, param in enumerate(group["params"])
-            ]
-            for param, kept in zip(group["params"], forms, strict=True):
-                if param.is_floating_point() and param not in self.state:
-                    self.state[param] = new_states(self.rule, group, param, {}, kept).new
-        except BaseException:
-            self.param_groups.pop()
-            self.state.clear()
-            self.state.update(before)
-            raise
-
-    @_on_real
-    def share_memory(self) -> None:
-        """Moves the states to shared memory, for training by several processes."""
-        for state in self.state.values():
-            for tensor in state.values():
-                tensor.share_memory_()
-                if (sums := getattr(tensor, "_checksums", None)) is not None:
-                    sums.share_memory_()
-
-
-@_documented
-class RMSprop(Optimizer):
-    """RMSprop, as `torch.optim.RMSprop`, but never NaN where ``centered`` meets rounding.
-
-    Args:
-        lr (default 1e-2): the learning rate, a number or a tensor of one, read at each step.
-        alpha (default 0.99): the factor on the old averages, of which a new gradient gets the rest.
-        eps (default 1e-8): added to the root of ``square_avg``, by which the gradient is divided.
-        weight_decay (default 0): times the parameter, added to the gradient.
-        momentum (default 0): the factor on the old ``momentum_buffer``; 0: there is none.
-        centered (default False): divide by the root of the variance: of ``square_avg`` minus the
-            square of ``grad_avg``.
-    """
-
-    rule = RULES["rmsprop"]
-    variants = (
-        {},
-        {"momentum": 0.9},
-        {"centered": True},
-        {"centered": True, "momentum": 0.9},
-    )
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        *,
-        fused: bool | None = None,
-        max_norm: float | None = None,
-        clip_value: float | None = None,
-        master_weights: MasterWeights = "auto",
-        state_dtype: StateDtype = torch.float32,
-        seed: int = 0,
-        backend: BackendName = "auto",
-    ) -> None:
-        super().__init__(params, _settings(locals()), backend)
-
-
-@_documented
-class Adam(Optimizer):
-    """Adam and AMSGrad, as `torch.optim.Adam`.
-
-    Args:
-        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
-        betas (default (0.9, 0.999)): the factors on the old ``exp_avg`` and ``exp_avg_sq``, numbers
-            or tensors of one; new gradients and their squares get the rest.
-        eps (default 1e-8): added to the root of the second moment, by which the first is divided.
-        weight_decay (default 0): times the parameter, added to the gradient.
-        amsgrad (default False): divide by the largest second moment so far, ``max_exp_avg_sq``.
-        decoupled_weight_decay (default False): decay as AdamW does.
-    """
-
-    rule = RULES["adam"]
-    variants = ({}, {"amsgrad": True})
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-        max_norm: float | None = None,
-        clip_value: float | None = None,
-        master_weights: MasterWeights = "auto",
-        state_dtype: StateDtype = torch.float32,
-        seed: int = 0,
-        backend: BackendName = "auto",
-    ) -> None:
-        super().__init__(params, _settings(locals()), backend)
-
-
-@_documented
-class AdamW(Adam):
-    """Adam with decoupled weight decay, as `torch.optim.AdamW`.
-
-    Args:
-        lr (default 1e-3): the learning rate, a number or a tensor of one, read at each step.
-        betas (default (0.9, 0.999)): the factors on the old ``exp_avg`` and ``exp_avg_sq``, numbers
-            or tensors of one; new gradients and their squares get the rest.
-        eps (default 1e-8): added to the root of the second moment, by which the first is divided.
-        weight_decay (default 1e-2): times ``lr``, the part of the parameter that is taken off.
-        amsgrad (default False): divide by the largest second moment so far, ``max_exp_avg_sq``.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        max_norm: float | None = None,
-        clip_value: float | None = None,
-        master_weights: MasterWeights = "auto",
-        state_dtype: StateDtype = torch.float32,
-        seed: int = 0,
-        backend: BackendName = "auto",
-    ) -> None:
-        arguments = _settings(locals())
-        super().__init__(params, **arguments, backend=backend, decoupled_weight_decay=True)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # a state dict of Adam may say otherwise
-            group["decoupled_weight_decay"] = True
-
-
-OPTIMIZERS: tuple[type[Optimizer], ...] = (SGD, Adagrad, RMSprop, Adam, AdamW)

@@ -1,8 +1,9 @@
-"""Numbers that are kept in two arrays: the functions of ``fastopt/packing.py``, with the same bits.
+"""How numbers are kept: the functions of ``fastopt/packing.py``, with the same bits.
 
 ``unpack`` makes numbers of BLOCK elements from `begin` on, up to `left`, of the arrays at the
 addresses `a` and `b`, and of a remainder's checksums at `sums`; ``pack`` stores them again. `left`
-is None if they are all there; PACKING is None for what is kept plainly, in the array `a` alone.
+is None if they are all there. PACKING is a name of ``fastopt.packing.PACKINGS``, "master" for both
+masters.
 """
 
 import triton
@@ -17,6 +18,19 @@ MANTISSA = tl.constexpr(4)  # of one without
 MIN_SCALE = tl.constexpr(2.0**-120)
 NAN = tl.constexpr(0x7FC00000)  # the bits of one
 ONE = tl.constexpr(127 << 23)  # the bits of 1.0
+
+
+@triton.jit
+def b_bytes(elements, PACKING: tl.constexpr):
+    """The size of the second array of a packing; 0: there is none."""
+    if PACKING == "codes" or PACKING == "unsigned_codes":
+        return elements // CODE_BLOCK * 4
+    elif PACKING == "remainder":
+        return elements * 2
+    elif PACKING == "master":
+        return elements * 4
+    else:
+        return elements * 0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// What a step looks at of torch's tensors, read where torch keeps it: fastopt/torch_fields.py has found
+// What a step looks at of torch's tensors, read where torch keeps it: fastopt/step/torch_abi.py has found
 // out where that is. Nothing here needs torch's headers or libraries.
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace fastopt {
 
-// As Fields in fastopt/torch_fields.py, which explains them, in the same order.
+// As Fields in fastopt/step/torch_abi.py, which explains them, in the same order.
 struct TensorFields {
   uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data,
       nbytes, grad, number, undefined, plain_keys;
@@ -33,7 +33,7 @@ struct TensorFunctions {
 
 inline TensorFunctions functions;
 
-// torch's numbers of the dtypes (SCALAR_TYPES in fastopt/torch_fields.py), in the order of DType.
+// torch's numbers of the dtypes (SCALAR_TYPES in fastopt/step/torch_abi.py), in the order of DType.
 inline constexpr uint16_t kScalarTypes[] = {6, 7, 15, 5};
 
 // A view of a tensor that somebody else keeps alive.
@@ -127,7 +127,7 @@ class TorchTensor {
  private:
   int64_t nbytes() const { return read<int64_t>(storage(), fields.nbytes); }
 
-  static constexpr int64_t kInline = 5;  // INLINE in fastopt/torch_fields.py
+  static constexpr int64_t kInline = 5;  // INLINE in fastopt/step/torch_abi.py
 
   template <class T>
   static T read(const char* object, uint64_t offset) {

@@ -1,11 +1,12 @@
-// Numbers that are kept in two arrays: 16-bit parameters with what makes fp32 masters of them, and
-// 8-bit states with their scales. The functions of fastopt/packing.py, with the same bits.
+// How numbers are kept: plainly, or in two arrays: 16-bit parameters with what makes fp32 masters of
+// them, and 8-bit states with their scales. The functions of fastopt/packing.py, with the same bits.
 //
 // The arithmetic sees fp32 numbers only. They are kept in the elements' own array `a` and an array
 // `b` that goes with it, both contiguous.
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 #include <type_traits>
 
 #include "dtypes.h"
@@ -14,14 +15,13 @@
 
 namespace fastopt {
 
-// In the order of fastopt.packing.PACKINGS, after the plain dtypes.
 enum class Packing : int {
-  remainder,           // a: bf16; b: int16
-  master_of_bfloat16,  // a: bf16; b: fp32
-  master_of_float16,   // a: fp16; b: fp32
-  stochastic,          // a: bf16; b: none
-  codes,               // a: uint8; b: fp32, one for each kCodeBlock elements
-  unsigned_codes,      // the same, for numbers that are not negative
+  remainder,
+  master_of_bfloat16,
+  master_of_float16,
+  stochastic,
+  codes,
+  unsigned_codes,  // for numbers that are not negative
 };
 inline constexpr int kPackings = 6;
 
@@ -31,7 +31,28 @@ constexpr bool is_coded(Packing packing) {
 
 inline constexpr int32_t kSumBlock = 256;  // elements that share a checksum
 inline constexpr int32_t kCodeBlock = 256;
-inline constexpr int64_t kItemBytes[kPackings] = {2, 2, 2, 2, 1, 1};  // of an element in `a`
+
+// What numbers can be kept as: plainly as each DType, then in each Packing. STORAGES of
+// fastopt/packing.py, which are compared by name on loading.
+struct Storage {
+  const char* name;
+  int64_t a_bytes;  // of an element of the first array
+  int64_t b_bytes;  // of an element of the second one; 0: there is none
+  int64_t block;    // of elements of the first array that share one of the second
+};
+inline constexpr Storage kStorages[] = {
+    {"float32", 4, 0, 1},
+    {"float64", 8, 0, 1},
+    {"bfloat16", 2, 0, 1},
+    {"float16", 2, 0, 1},
+    {"remainder", 2, 2, 1},
+    {"master_of_bfloat16", 2, 4, 1},
+    {"master_of_float16", 2, 4, 1},
+    {"stochastic", 2, 0, 1},
+    {"codes", 1, 4, kCodeBlock},
+    {"unsigned_codes", 1, 4, kCodeBlock},
+};
+static_assert(std::size(kStorages) == kDTypes + kPackings);
 
 // To nearest, ties away from zero: a remainder of 16 bits cannot tell the two ties of an even number
 // apart, which both would round to it. In the upper bits.

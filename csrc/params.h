@@ -1,0 +1,40 @@
+// What Python tells of parameters, gradients and states: fastopt/step/params.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "multi_tensor.h"
+#include "torch_abi.h"
+
+namespace fastopt {
+
+namespace py = pybind11;
+
+// The tuple that fastopt.step.params.describe makes: address, storage, shape and strides of a tensor,
+// and the addresses of what is stored beside it and of its checksums.
+struct Description {
+  Operand operand;
+  Sizes shape, strides;
+
+  explicit Description(const py::tuple& description);
+  // Of a CPU tensor without gaps that is of one of these Python types itself; `operand.data` is null
+  // for anything else.
+  Description(py::handle tensor, const py::tuple& types);
+};
+
+// The index into Rules of a rule with these states (names separated by spaces).
+int rule_index(const std::string& name, const std::string& states);
+
+// operands: parameter, gradient, states.
+Param make_param(int rule, const std::vector<Description>& operands);
+
+// What is about to be read as a tensor; raises TypeError if it is none.
+py::handle checked(py::handle object);
+
+// Those of a flat array.
+std::vector<double> doubles(const py::buffer& buffer);
+
+}  // namespace fastopt

@@ -1,0 +1,211 @@
+#include "watch.h"
+
+#include <atomic>
+
+namespace fastopt {
+
+Watch::Watch(py::list groups, py::dict state)
+    : groups_(std::move(groups)), state_(std::move(state)) {
+  for (py::handle group : groups_) group_params_.emplace_back(group["params"]);
+  keep_entries(state_, state_entries_);
+}
+
+void Watch::add(py::handle param, const std::optional<py::object>& details,
+                const std::vector<Description>& operands) {
+  Item item{};
+  item.param = keep(checked(param));
+  item.updated = details.has_value();
+  item.sizes = sizes_.size();
+  item.entries = entries_.size();
+  item.tensors = tensors_.size();
+  if (details) {
+    const py::object grad = details->attr("grad");
+    const py::object state = details->attr("state");
+    const py::object step = details->attr("step");
+    repeats_ |= details->attr("repeat").cast<int>() > 0;
+    const Sizes &shape = operands[0].shape, &strides = operands[Param::kGrad].strides;
+    item.has_grad = !grad.is_none();
+    if (item.has_grad) grads_.push_back(py::reinterpret_borrow<py::object>(checked(grad)));
+    item.ndim = static_cast<int32_t>(shape.size());
+    item.grad_item_size = operands[Param::kGrad].operand.row().a_bytes;
+    item.grad_extent = extent(shape, strides, item.grad_item_size);
+    for (const Sizes* sizes : {&shape, &strides})
+      sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
+    if (fields_known) {
+      // Where there is no gradient yet, one like the parameter is expected.
+      const auto like = TorchTensor::of(item.has_grad ? grad.ptr() : item.param);
+      item.grad_keys = like.keys();
+      item.grad_dtype = like.dtype_and_device();
+    }
+    watch(param);
+    if (!state.is_none()) {
+      item.state = keep(state);
+      keep_entries(state, entries_);
+    }
+    for (py::handle tensor : details->attr("states")) watch(tensor);
+    if (!step.is_none()) {
+      watch(step);
+      if (details->attr("scalars_here").cast<bool>())
+        item.step = reinterpret_cast<float*>(step.attr("data_ptr")().cast<uintptr_t>());
+      if (item.step) item.steps_made = *item.step;
+    }
+  }
+  item.entries_end = entries_.size();
+  item.tensors_end = tensors_.size();
+  items_.push_back(item);
+}
+
+PyObject* Watch::keep(py::handle object) {
+  kept_.push_back(py::reinterpret_borrow<py::object>(object));
+  return object.ptr();
+}
+
+void Watch::keep_entries(const py::dict& dict, std::vector<Entry>& entries) {
+  for (const auto& [key, value] : dict) entries.push_back({keep(key), keep(value)});
+}
+
+// What is not known where to look at is not watched: nothing holds then.
+void Watch::watch(py::handle tensor) {
+  checked(tensor);
+  if (!fields_known) return;
+  const auto watched = TorchTensor::of(tensor.ptr());
+  tensors_.push_back({tensor.ptr(), watched.fingerprint()});
+  if (char* memory = watched.memory()) memories_.number(reinterpret_cast<uint64_t>(memory));
+}
+
+bool Watch::groups_hold() const {
+  if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != group_params_.size()) return false;
+  static PyObject* const params_key = PyUnicode_InternFromString("params");
+  size_t i = 0;
+  for (size_t g = 0; g < group_params_.size(); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups_.ptr(), g);
+    PyObject* params = PyDict_Check(group) ? PyDict_GetItemWithError(group, params_key) : nullptr;
+    if (params != group_params_[g].ptr() || !PyList_Check(params)) return false;
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(params); ++k, ++i)
+      if (i >= items_.size() || PyList_GET_ITEM(params, k) != items_[i].param) return false;
+  }
+  return i == items_.size();
+}
+
+namespace {
+
+// Every change of a dict gives it another tag. Python 3.14 and later have none: 0 is no tag.
+uint64_t tag_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030e0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+// Whether a dict has these entries; tag is its tag when it was last seen to have them.
+template <class Entry>
+bool dict_holds(PyObject* dict, uint64_t& tag, const Entry* begin, const Entry* end) {
+  if (!PyDict_Check(dict)) return false;
+  const uint64_t now = tag_of(dict);
+  if (tag && now == tag) return true;
+  if (PyDict_GET_SIZE(dict) != end - begin) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (; PyDict_Next(dict, &position, &key, &value); ++begin)
+    if (key != begin->key || value != begin->value) return false;
+  tag = now;
+  return true;
+}
+
+}  // namespace
+
+bool Watch::state_holds() {
+  return dict_holds(state_.ptr(), state_tag_, state_entries_.data(),
+                    state_entries_.data() + state_entries_.size());
+}
+
+// Whether parameter and states are where they were.
+bool Watch::item_holds(Item& item) {
+  for (size_t t = item.tensors; t < item.tensors_end; ++t)
+    if (TorchTensor::of(tensors_[t].tensor).fingerprint() != tensors_[t].fingerprint) return false;
+  return !item.state || dict_holds(item.state, item.state_tag, entries_.data() + item.entries,
+                                   entries_.data() + item.entries_end);
+}
+
+// Whether a gradient is of the kind that the plan was built for.
+bool Watch::is_expected(const Item& item, TorchTensor grad) const {
+  const int64_t* shape = sizes_.data() + item.sizes;
+  return grad.keys() == item.grad_keys && grad.dtype_and_device() == item.grad_dtype &&
+         grad.has(item.ndim, shape, shape + item.ndim);
+}
+
+// Holds the gradient and takes its address from what is held: autograd's threads may replace it at any
+// time. False where it is not of the kind that was found.
+bool Watch::take_grad(size_t i, Operand& operand) {
+  Item& item = items_[i];
+  const char* slot = TorchTensor::of(item.param).grad_slot();
+  item.has_grad = slot != nullptr;
+  if (!slot) return true;
+  if (!item.updated) return false;
+  const TorchTensor grad = held_[i].hold(slot);
+  if (!is_expected(item, grad)) return false;
+  char* data = grad.data(item.grad_item_size, item.grad_extent);
+  if (!data && item.grad_extent > 0) return false;  // its storage was resized
+  // It may overlap what this step writes: see fastopt/step/memory.py, which the last one has passed.
+  if (data != operand.data && memories_.contains(reinterpret_cast<uint64_t>(grad.memory())))
+    return false;
+  operand.data = data;
+  return true;
+}
+
+bool Watch::holds(std::vector<Param>& params, int threads) {
+  release();
+  if (!fields_known || !groups_hold() || !state_holds()) return false;
+  if (held_.empty()) held_ = std::vector<HeldTensor>(items_.size());
+  // In this thread alone: torch may want the GIL for a gradient that is a Python object too.
+  same_grads_ = true;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    if (!take_grad(i, params[i].grad())) return release(), false;
+    same_grads_ &= items_[i].has_grad == items_[i].had_grad;
+  }
+  // No Python object is changed or called, so the threads share the wait for memory, while this one
+  // keeps the GIL from everybody else; and they are awake for the passes that follow.
+  std::atomic<bool> holds = true;
+  parallel_for(static_cast<int64_t>(items_.size()), 64, threads, [&](int64_t i) {
+    Item& item = items_[i];
+    if (!item.has_grad) return;
+    if (!item_holds(item))
+      holds = false;
+    else if (item.step)
+      item.steps_made = *item.step;
+  });
+  if (!holds) release();
+  return holds;
+}
+
+void Watch::settle() {
+  for (Item& item : items_) item.had_grad = item.has_grad;
+}
+
+void Watch::release() {
+  grads_.clear();
+  for (HeldTensor& held : held_) held.release();
+}
+
+void Watch::count(int threads) {
+  parallel_for(static_cast<int64_t>(items_.size()), 256, repeats_ ? 1 : threads, [&](int64_t i) {
+    const Item& item = items_[i];
+    if (!item.has_grad) return;
+    if (item.step) *item.step += 1;
+    uint32_t* version = fields_known ? TorchTensor::of(item.param).version() : nullptr;
+    if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
+  });
+}
+
+void Watch::increment_versions() const {
+  py::list written;
+  for (const Item& item : items_)
+    if (item.has_grad) written.append(py::handle(item.param));
+  py::module_::import("torch.autograd.graph").attr("increment_version")(written);
+}
+
+}  // namespace fastopt

@@ -1,0 +1,262 @@
+"""One step: what to update, with which backend, and whether that still holds at the next step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rule import Group, Rule
+from . import checks, dispatch
+from .backends import Reference, Triton
+from .devices import capturing, moved
+from .params import Param, Place, Undo, Watched, find, make_states, take_back
+from .table import Scaling, Table, clipped
+
+
+class Plan:
+    """What a step of an optimizer has to do.
+
+    Making one validates every tensor and makes the missing states: slow, and in Python. `holds`
+    tells, in C++ and fast, whether it is good for another step, with the gradients there are then.
+
+    Args:
+        groups, states, backend: the optimizer's.
+        on_device: devices compute the scalars and count the steps of what they update.
+        captured: where to keep what CUDA graphs use at their replays.
+        undo: gets what takes the states back that are made.
+
+    Attributes:
+        reusable: `holds` may be asked. If not, the plan keeps gradients alive: drop it.
+
+    Raises:
+        RuntimeError, ValueError: something cannot be updated.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        groups: list[Group],
+        states: dict[Tensor, Any],
+        table: Table,
+        backend: str,
+        on_device: bool,
+        captured: list[Any],
+        undo: Undo,
+    ) -> None:
+        self._made_for = groups, states, backend, on_device
+        self._table = table
+        self._on_device = on_device
+        # All that may raise comes before the states are made: they would pass for old ones later.
+        table.check()
+        places = [
+            Place(group, g, i)
+            for g, group in enumerate(groups)
+            for i in range(len(group["params"]))
+        ]
+        params = [
+            find(rule, place, number, table.forms[place.group_index][0], states, backend)
+            for number, place in enumerate(places)
+        ]
+        known = [param for param in params if param is not None]
+        seen: Counter[int] = Counter()
+        for each in known:
+            each.repeat = seen[id(each.param)]
+            seen[id(each.param)] += 1
+        self.norm_options = norm_options([place.param for place in places])
+        make_states(rule, states, known, on_device, undo)
+        self._of_reference = [p for p in known if p.backend == "reference" and p.grad is not None]
+        self._reference = (
+            Reference(rule, [p.target(counts=True) for p in self._of_reference])
+            if self._of_reference
+            else None
+        )
+        by_device: dict[torch.device, list[Param]] = {}
+        for each in known:
+            if each.backend == "triton":
+                by_device.setdefault(each.param.device, []).append(each)
+        self._devices = [
+            Triton(rule, [p.target(counts=on_device) for p in members], captured, on_device)
+            for members in by_device.values()
+        ]
+        self._params_of = [[p.param for p in members] for members in by_device.values()]
+        #: Whether anything is updated outside of `_devices`.
+        self._on_host = any(p.backend != "triton" for p in known) or not self._devices
+        self._native: Any = None  # there if `_devices` are
+        if extension := dispatch.extension():
+            parts = [*by_device]
+            self._native = extension.Plan(
+                groups,
+                states,
+                [
+                    (
+                        place.group_index,
+                        place.param,
+                        _watched(rule, p, parts, on_device)
+                        if p and p.backend != "reference"
+                        else None,
+                    )
+                    for place, p in zip(places, params, strict=True)
+                ],
+            )
+        self._wanted = self._native.wanted() if self._native else []
+        self._threads = torch.get_num_threads() if self._on_host else 1
+        # A graph copies tables at its replays, until when they are not there; and C++ finds no
+        # gradient that a subclass keeps elsewhere.
+        self.reusable = not (
+            self._native is None
+            or self._reference
+            or any(device.is_captured for device in self._devices)
+            or any(checks.hides_grad(place.param) for place in places)
+        )
+
+    def holds(
+        self,
+        groups: list[Group],
+        states: dict[Tensor, Any],
+        table: Table,
+        backend: str,
+        on_device: bool,
+    ) -> bool:
+        """Whether nothing has changed since the plan was made, except where the gradients are and
+        which of them are None."""
+        made_for = self._made_for
+        if (
+            checks.is_faking()
+            or made_for[0] is not groups
+            or made_for[1] is not states
+            or made_for[2:] != (backend, on_device)
+            or (table is not self._table and table.forms != self._table.forms)
+        ):
+            return False
+        self._table = table
+        # Threads pay if they are awake for the update that follows.
+        self._threads = torch.get_num_threads() if self._on_host else 1
+        self._wanted = self._native.begin(self._threads)
+        return self._wanted is not None
+
+    def run(self, scaling: Scaling, undo: Undo) -> Tensor | None:
+        """Makes the step.
+
+        Args:
+            undo: empty after the last change, and only then.
+
+        Returns:
+            the norm of the gradients; None if no group has a ``max_norm``.
+        """
+        # All that may raise comes before any change.
+        table, finds = self._table, scaling.findings is not None
+        reads = self._on_host or not self._on_device  # whether the host may wait for the scaler's
+        inv_scale = scaling.inv_scale if reads else 1.0
+        skips = reads and scaling.skips
+        rows = table.rows(self._wanted, inv_scale)
+        of_reference = []
+        if self._reference:
+            of_reference = table.rows(
+                [(p.group, p.next_step) for p in self._of_reference], inv_scale
+            )
+            if any(capturing(p.param.device) for p in self._of_reference):
+                raise RuntimeError(
+                    "a step of the reference backend cannot become part of a CUDA graph: see "
+                    "fastopt.backends() for why parameters on a GPU are not updated by triton"
+                )
+        for part, (device, params) in enumerate(zip(self._devices, self._params_of, strict=True)):
+            device.begin(part + 1, self._native, params, table, rows)
+
+        # Where C++ alone updates, it takes the norm and decides by itself.
+        partials: list[Tensor | None] = [None] * len(self._devices)
+        squares: float | None = None
+        norm: Any = None
+        alone = not (self._devices or self._reference)
+        if (table.clips or finds) and not alone:
+            to_host = self._on_host or skips or (finds and not self._on_device)
+            partials, squares = self._sums_of_squares(to_host)
+        if squares is not None:
+            norm = math.sqrt(squares) * inv_scale
+            skips |= finds and not math.isfinite(squares)
+        if self._reference and not skips:
+            self._reference.update([clipped(row, norm) for row in of_reference], undo)
+        norms = {}
+        if self._devices and not skips:
+            norms = self._update_devices(partials, scaling, inv_scale)
+
+        # Last, and in one call, which no interrupt can divide: with this the step is made.
+        if self._native is not None:
+            words = table.words(rows) if self._on_host else b""
+            measures = alone and (table.clips or finds)
+            norm, skips = self._native.step(
+                words, measures, finds, norm, inv_scale, skips, self._threads, undo
+            )
+        elif not skips:
+            undo.clear()
+        if skips:
+            take_back(undo)
+        if scaling.findings is not None and (alone or squares is not None):
+            scaling.findings[_CPU] = torch.full((), float(skips), device=_CPU)
+        if not table.clips:
+            return None
+        if norms:
+            return norms.get(self.norm_options["device"], next(iter(norms.values())))
+        return torch.full((), norm, **self.norm_options)
+
+    def _update_devices(
+        self, partials: list[Tensor | None], scaling: Scaling, inv_scale: float
+    ) -> dict[torch.device, Tensor]:
+        """What Triton updates; returns the norm on each device."""
+        norms = {}
+        for device, of_norm in zip(self._devices, partials, strict=True):
+            scaled: tuple[Any, ...] = ()
+            if self._on_device:
+                scaled = scaling.to(device.device)
+            else:
+                of_norm = of_norm if self._table.clips else None
+                if of_norm is not None and inv_scale != 1:
+                    of_norm = of_norm * inv_scale**2
+            norm = device.tensors.update(of_norm, self.norm_options["dtype"], *scaled)
+            if self._table.clips:
+                norms[device.device] = norm
+        return norms
+
+    def _sums_of_squares(self, to_host: bool) -> tuple[list[Tensor | None], float | None]:
+        """For each of `_devices`, there: numbers that add up to the sum of all squares; and that
+        sum, if the host is to wait for it."""
+        partials = [device.tensors.norm_partials() for device in self._devices]
+        of_host = 0.0
+        if self._native is not None and self._on_host:
+            of_host += self._native.power_sum(2.0, self._threads)
+        if self._reference:
+            of_host += float(self._reference.power_sum(2))
+        if not partials:
+            return [], of_host
+        if len(partials) > 1 or self._on_host:
+            totals = [
+                device.kernels.total(of_device)
+                for device, of_device in zip(self._devices, partials, strict=True)
+            ]
+            totals.append(torch.full((), of_host, dtype=torch.float64, device="cpu"))
+            partials = [
+                torch.stack([moved(total, device.device) for total in totals])
+                for device in self._devices
+            ]
+        squares = float(self._devices[0].kernels.total(partials[0])) if to_host else None
+        return partials, squares
+
+
+_CPU = torch.device("cpu")
+
+
+def _watched(rule: Rule, param: Param, parts: list[torch.device], on_device: bool) -> Watched:
+    part = parts.index(param.param.device) + 1 if param.backend == "triton" else 0
+    return param.watched(rule, part, scalars_here=not (on_device and part))
+
+
+def norm_options(tensors: list[Tensor]) -> dict[str, Any]:
+    """Dtype and device of the norm of these tensors: fp32, or fp64 where any of them is."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return {
+        "dtype": torch.float64 if double else torch.float32,
+        "device": tensors[0].device if tensors else None,
+    }
