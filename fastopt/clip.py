@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dynamo import untraced
-from .rule import ASSIGN, sqrt
+from .rule import sqrt
 from .step import checks, dispatch
 from .step.backends import Cpp, Reference, Triton
 from .step.devices import moved
@@ -122,7 +122,7 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
                 f"{where} has several elements in one place of memory (an expanded tensor?) and "
                 "cannot be clipped in place: clone it"
             )
-        backend = dispatch.backend_for([grad], asked, ASSIGN, where)
+        backend = dispatch.backend_for([grad], asked, where)
         groups.setdefault((backend, grad.device), []).append(grad)
     return [_BACKENDS[backend].of_grads(members) for (backend, _), members in groups.items()]
 

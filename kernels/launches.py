@@ -77,6 +77,30 @@ def _kind(rule: Rule, target: Target) -> _Kind:
     return _Kind(0, dtypes, (packing, "plain", *others), rule.gap(target.names))
 
 
+def _columns(targets: Sequence[Target], written: list[list[Tensor]]) -> list[list[int]]:
+    """Those of the table of tensors.
+
+    Args:
+        written: in place of the targets' own first arrays.
+    """
+    values = max(map(len, written))
+    return [
+        [
+            target.param.numel(),
+            target.group,
+            0 if target.step is None else target.step.data_ptr(),
+            target.number,
+            0 if (sums := target.stored[0].sums) is None else sums.data_ptr(),
+            *chain.from_iterable(
+                (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
+                for a, stored in zip(arrays, target.stored, strict=True)
+            ),
+            *[0] * 2 * (values - len(arrays)),
+        ]
+        for target, arrays in zip(targets, written, strict=True)
+    ]
+
+
 def rules() -> dict[str, tuple[str, ...]]:
     """For each rule the names of its scalars, then of the states that it can have."""
     return {name: tuple(rule.update.arg_names[2:]) for name, rule in RULES.items()}
@@ -114,23 +138,8 @@ class MultiTensor:
         self.numels = [target.param.numel() for target in targets]
         self.extents = [target.extent for target in targets]
         self.kinds = [_kind(rule, target) for target in targets]
-        values = max(map(len, written))
-        columns = [
-            [
-                target.param.numel(),
-                target.group,
-                0 if target.step is None else target.step.data_ptr(),
-                target.number,
-                0 if (sums := target.stored[0].sums) is None else sums.data_ptr(),
-                *chain.from_iterable(
-                    (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
-                    for a, stored in zip(arrays, target.stored, strict=True)
-                ),
-                *[0] * 2 * (values - len(arrays)),
-            ]
-            for target, arrays in zip(targets, written, strict=True)
-        ]
         n = len(targets)
+        columns = _columns(targets, written)
         self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64, device="cpu").t())
         self.own_row = array("q", range(n)).tobytes()
         self.words = b""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..packing import STORAGES
-from ..rule import HEAD, Rule
+from ..rule import ASSIGN, HEAD, Rule
 from . import torch_abi
 from .checks import is_wrapper, warn_once
 
@@ -134,8 +134,8 @@ def resolve(backend: str, rule: Rule | None = None) -> str:
     return backend
 
 
-def backend_for(tensors: list[Tensor], backend: str, rule: Rule, where: object) -> str:
-    """The backend that updates a parameter, given with its gradient and states.
+def backend_for(tensors: list[Tensor], backend: str, where: object, rule: Rule = ASSIGN) -> str:
+    """The backend that updates a parameter by a rule, given with its gradient and states.
 
     Raises:
         RuntimeError: ``backend`` was asked for and cannot take these tensors.

@@ -223,7 +223,7 @@ def find(
             return None
         tensors = [state[key] for form in forms for key in form.keys if state.get(key) is not None]
         grads = [] if grad is None else [grad]
-        found = dispatch.backend_for([param, *grads, *tensors], backend, rule, place)
+        found = dispatch.backend_for([param, *grads, *tensors], backend, place, rule)
     except (RuntimeError, ValueError):
         if grad is None:  # time enough when there is a gradient
             return None

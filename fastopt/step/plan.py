@@ -14,7 +14,7 @@ from . import checks, dispatch
 from .backends import Reference, Triton
 from .devices import capturing, moved
 from .params import Param, Place, Undo, Watched, find, make_states, take_back
-from .table import Scaling, Table, clipped
+from .table import Row, Scaling, Table, clipped
 
 
 class Plan:
@@ -57,51 +57,25 @@ class Plan:
             for g, group in enumerate(groups)
             for i in range(len(group["params"]))
         ]
-        params = [
+        found = [
             find(rule, place, number, table.forms[place.group_index][0], states, backend)
             for number, place in enumerate(places)
         ]
-        known = [param for param in params if param is not None]
+        params = [param for param in found if param is not None]
         seen: Counter[int] = Counter()
-        for each in known:
-            each.repeat = seen[id(each.param)]
-            seen[id(each.param)] += 1
-        self.norm_options = norm_options([place.param for place in places])
-        make_states(rule, states, known, on_device, undo)
-        self._of_reference = [p for p in known if p.backend == "reference" and p.grad is not None]
-        self._reference = (
-            Reference(rule, [p.target(counts=True) for p in self._of_reference])
-            if self._of_reference
-            else None
-        )
-        by_device: dict[torch.device, list[Param]] = {}
-        for each in known:
-            if each.backend == "triton":
-                by_device.setdefault(each.param.device, []).append(each)
-        self._devices = [
-            Triton(rule, [p.target(counts=on_device) for p in members], captured, on_device)
-            for members in by_device.values()
-        ]
-        self._params_of = [[p.param for p in members] for members in by_device.values()]
-        #: Whether anything is updated outside of `_devices`.
-        self._on_host = any(p.backend != "triton" for p in known) or not self._devices
+        for param in params:
+            param.repeat = seen[id(param.param)]
+            seen[id(param.param)] += 1
+        make_states(rule, states, params, on_device, undo)
+        self._options = norm_options([place.param for place in places])
+        of_device = self._divide(rule, params, captured)
         self._native: Any = None  # there if `_devices` are
         if extension := dispatch.extension():
-            parts = [*by_device]
-            self._native = extension.Plan(
-                groups,
-                states,
-                [
-                    (
-                        place.group_index,
-                        place.param,
-                        _watched(rule, p, parts, on_device)
-                        if p and p.backend != "reference"
-                        else None,
-                    )
-                    for place, p in zip(places, params, strict=True)
-                ],
-            )
+            items = [
+                (place.group_index, place.param, self._watched(rule, param, [*of_device]))
+                for place, param in zip(places, found, strict=True)
+            ]
+            self._native = extension.Plan(groups, states, items)
         self._wanted = self._native.wanted() if self._native else []
         self._threads = torch.get_num_threads() if self._on_host else 1
         # A graph copies tables at its replays, until when they are not there; and C++ finds no
@@ -112,6 +86,35 @@ class Plan:
             or any(device.is_captured for device in self._devices)
             or any(checks.hides_grad(place.param) for place in places)
         )
+
+    def _divide(
+        self, rule: Rule, params: list[Param], captured: list[Any]
+    ) -> dict[torch.device, list[Param]]:
+        """Gives the parameters to their backends; C++ has the rest. Returns those of devices."""
+        self._of_reference = [p for p in params if p.backend == "reference" and p.grad is not None]
+        targets = [param.target(counts=True) for param in self._of_reference]
+        self._reference = Reference(rule, targets) if targets else None
+        of_device: dict[torch.device, list[Param]] = {}
+        for param in params:
+            if param.backend == "triton":
+                of_device.setdefault(param.param.device, []).append(param)
+        on_device = self._on_device
+        self._devices = [
+            Triton(rule, [p.target(counts=on_device) for p in members], captured, on_device)
+            for members in of_device.values()
+        ]
+        self._params_of = [[p.param for p in members] for members in of_device.values()]
+        #: Whether anything is updated outside of `_devices`.
+        self._on_host = any(p.backend != "triton" for p in params) or not self._devices
+        return of_device
+
+    def _watched(
+        self, rule: Rule, param: Param | None, devices: list[torch.device]
+    ) -> Watched | None:
+        if param is None or param.backend == "reference":
+            return None
+        part = devices.index(param.param.device) + 1 if param.backend == "triton" else 0
+        return param.watched(rule, part, scalars_here=not (self._on_device and part))
 
     def holds(
         self,
@@ -153,42 +156,34 @@ class Plan:
         inv_scale = scaling.inv_scale if reads else 1.0
         skips = reads and scaling.skips
         rows = table.rows(self._wanted, inv_scale)
-        of_reference = []
-        if self._reference:
-            of_reference = table.rows(
-                [(p.group, p.next_step) for p in self._of_reference], inv_scale
-            )
-            if any(capturing(p.param.device) for p in self._of_reference):
-                raise RuntimeError(
-                    "a step of the reference backend cannot become part of a CUDA graph: see "
-                    "fastopt.backends() for why parameters on a GPU are not updated by triton"
-                )
+        of_reference = self._rows_of_reference(inv_scale) if self._reference else []
         for part, (device, params) in enumerate(zip(self._devices, self._params_of, strict=True)):
             device.begin(part + 1, self._native, params, table, rows)
 
         # Where C++ alone updates, it takes the norm and decides by itself.
-        partials: list[Tensor | None] = [None] * len(self._devices)
-        squares: float | None = None
-        norm: Any = None
         alone = not (self._devices or self._reference)
-        if (table.clips or finds) and not alone:
-            to_host = self._on_host or skips or (finds and not self._on_device)
-            partials, squares = self._sums_of_squares(to_host)
-        if squares is not None:
-            norm = math.sqrt(squares) * inv_scale
-            skips |= finds and not math.isfinite(squares)
-        if self._reference and not skips:
-            self._reference.update([clipped(row, norm) for row in of_reference], undo)
-        norms = {}
-        if self._devices and not skips:
-            norms = self._update_devices(partials, scaling, inv_scale)
+        measures = table.clips or finds
+        norm: Any = None
+        squares: float | None = None
+        norms: dict[torch.device, Tensor] = {}
+        if not alone:
+            partials: list[Tensor | None] = [None] * len(self._devices)
+            if measures:
+                to_host = self._on_host or skips or (finds and not self._on_device)
+                partials, squares = self._sums_of_squares(to_host)
+            if squares is not None:
+                norm = math.sqrt(squares) * inv_scale
+                skips |= finds and not math.isfinite(squares)
+            if not skips:
+                if self._reference:
+                    self._reference.update([clipped(row, norm) for row in of_reference], undo)
+                norms = self._update_devices(partials, scaling, inv_scale)
 
         # Last, and in one call, which no interrupt can divide: with this the step is made.
         if self._native is not None:
             words = table.words(rows) if self._on_host else b""
-            measures = alone and (table.clips or finds)
             norm, skips = self._native.step(
-                words, measures, finds, norm, inv_scale, skips, self._threads, undo
+                words, measures and alone, finds, norm, inv_scale, skips, self._threads, undo
             )
         elif not skips:
             undo.clear()
@@ -199,8 +194,17 @@ class Plan:
         if not table.clips:
             return None
         if norms:
-            return norms.get(self.norm_options["device"], next(iter(norms.values())))
-        return torch.full((), norm, **self.norm_options)
+            return norms.get(self._options["device"], next(iter(norms.values())))
+        return torch.full((), norm, **self._options)
+
+    def _rows_of_reference(self, inv_scale: float) -> list[Row]:
+        if any(capturing(param.param.device) for param in self._of_reference):
+            raise RuntimeError(
+                "a step of the reference backend cannot become part of a CUDA graph: see "
+                "fastopt.backends() for why parameters on a GPU are not updated by triton"
+            )
+        cohorts = [(param.group, param.next_step) for param in self._of_reference]
+        return self._table.rows(cohorts, inv_scale)
 
     def _update_devices(
         self, partials: list[Tensor | None], scaling: Scaling, inv_scale: float
@@ -215,7 +219,7 @@ class Plan:
                 of_norm = of_norm if self._table.clips else None
                 if of_norm is not None and inv_scale != 1:
                     of_norm = of_norm * inv_scale**2
-            norm = device.tensors.update(of_norm, self.norm_options["dtype"], *scaled)
+            norm = device.tensors.update(of_norm, self._options["dtype"], *scaled)
             if self._table.clips:
                 norms[device.device] = norm
         return norms
@@ -246,11 +250,6 @@ class Plan:
 
 
 _CPU = torch.device("cpu")
-
-
-def _watched(rule: Rule, param: Param, parts: list[torch.device], on_device: bool) -> Watched:
-    part = parts.index(param.param.device) + 1 if param.backend == "triton" else 0
-    return param.watched(rule, part, scalars_here=not (on_device and part))
 
 
 def norm_options(tensors: list[Tensor]) -> dict[str, Any]:

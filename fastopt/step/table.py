@@ -103,7 +103,8 @@ class Table:
             old = checked[g] if g < len(checked) else repeat(_MISSING)
             of_names = zip(names, by_group[g], old, strict=False)
             changed = [name for name, value, before in of_names if value is not before]
-            settings.check(rule, groups[g], g, changed)
+            if changed:
+                settings.check(rule, groups[g], g, changed)
             self._groups[g] = dict(zip(names, by_group[g], strict=True))
             self._constant &= all(_is_constant(self._groups[g][name]) for name in changed)
         self._by_group: list[tuple[Any, ...]] = by_group
