@@ -1,9 +1,9 @@
-// All 2^32 patterns through csrc/packed.h; run by tests/test_packing.py. Prints the number of masters
+// All 2^32 patterns through csrc/packing.h; run by tests/test_packing.py. Prints the number of masters
 // whose parameter is not their rounding to nearest, ties to even; exits with 1 where a master does not
 // come back, or a parameter with any remainder makes a number that does not round to it.
 #include <cstdio>
 
-#include "packed.h"
+#include "packing.h"
 
 using namespace fastopt;
 

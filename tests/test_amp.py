@@ -294,9 +294,9 @@ def test_several_backends_in_one_optimizer(monkeypatch, capturable, max_norm, fa
     """As where some parameters are on a GPU and some on the CPU: they skip together."""
     backend_for = dispatch.backend_for
 
-    def by_size(tensors, backend, where):
+    def by_size(tensors, backend, *args):
         kind = {5: "cpp", 6: "reference"}.get(tensors[0].numel(), "triton")
-        return backend_for(tensors, kind, where)
+        return backend_for(tensors, kind, *args)
 
     def run(scaler_class, backend, **flags):
         params = new_params([(5,), (6,), (9000,)])
@@ -517,7 +517,7 @@ def test_grad_norm_is_none_without_max_norm(how):
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("first", [False, True])
 def test_no_value_is_read(monkeypatch, max_norm, first):
-    monkeypatch.setattr(scalars, "is_on_device", torch.is_tensor)  # as on a GPU
+    monkeypatch.setattr(table, "is_on_device", torch.is_tensor)  # as on a GPU
     optimizer = fastopt.AdamW(new_params(SHAPES), max_norm=max_norm, **DEVICE)
     scaler = new_scaler(fastopt.GradScaler)
     if not first:

@@ -8,7 +8,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt.step import checks
+from fastopt.step import checks, dispatch
 
 BACKENDS = ["cpp", "reference"]
 

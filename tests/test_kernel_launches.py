@@ -16,13 +16,13 @@ from bench import offline
 
 def start():
     """A driver that records; from now on optimizers take the CPU's memory for its own."""
-    from fastopt.kernels import multi_tensor
+    from fastopt.kernels import launches
 
     driver = offline.Driver("sm_90")
-    multi_tensor.INTERPRETED = False
+    launches.INTERPRETED = False
     driver.activate()
-    multi_tensor._options()  # cached
-    multi_tensor.INTERPRETED = True
+    launches._options()  # cached
+    launches.INTERPRETED = True
     return driver
 
 

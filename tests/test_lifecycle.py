@@ -45,8 +45,8 @@ from textbook import (
 )
 
 import fastopt
-from fastopt.step import dispatch
 from fastopt.packing import Stored, param_of
+from fastopt.step import dispatch
 
 _C = dispatch.extension()
 ISAS = _C.supported_isas() if _C else []

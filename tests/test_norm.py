@@ -10,9 +10,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 from fastopt import norm
+from fastopt.packing import Stored
 from fastopt.step import dispatch
 from fastopt.step.params import describe
-from fastopt.packing import Stored
 
 ORDERS = [1, 2, 3.5, 0.5, math.inf, "inf"]
 SHAPES = [(), (0,), (5,), (1024,), (1025,), (333, 77), (100_000,), (3, 0)]

@@ -1,4 +1,4 @@
-"""Numbers that are kept in two arrays: the packings of fastopt/packing.py and csrc/packed.h."""
+"""Numbers that are kept in two arrays: the packings of fastopt/packing.py and csrc/packing.h."""
 
 import itertools
 import math

@@ -8,11 +8,14 @@ import weakref
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import CASES, assert_same_bits
 
 import fastopt
-from fastopt import rules
-from fastopt.step import dispatch, plan, torch_abi
+from fastopt.packing import STORAGES
+from fastopt.rule import HEAD
+from fastopt.rules import RULES
+from fastopt.step import dispatch, torch_abi
+from fastopt.step.backends import Reference
 
 _C = dispatch.extension()
 
@@ -148,16 +151,13 @@ def test_report():
 
 
 def test_table_and_extension_agree():
-    compiled = {(name, states): scalars for name, states, scalars in _C.rules()}
-    variants = {
-        (cls.rule.name, " ".join(cls.rule.states_of({**cls([torch.zeros(1)]).defaults, **variant})))
-        for cls in fastopt.OPTIMIZERS
-        for variant in cls.variants
-    }
-    assert variants == {key for key in compiled if key[0] != "assign"}  # every kernel has a variant
-    for (name, _), scalars in compiled.items():
-        if name != "assign":
-            assert tuple(scalars.split(", ")) == rules.RULES[name].scalar_names
+    compiled = _C.rules()
+    assert compiled.pop("assign") == ()
+    assert compiled == {rule.name: (*rule.scalar_names, *rule.states) for rule in RULES.values()}
+    for cls, variant in CASES:  # every set of states has a kernel
+        names = cls.rule.states_of({**cls([torch.zeros(1)]).defaults, **variant})
+        assert _C.rule_index(cls.rule.name, " ".join(names)) >= 0
+    assert (tuple(_C.head()), tuple(_C.storages())) == (HEAD, STORAGES)
 
 
 def test_without_the_extension():
@@ -167,7 +167,7 @@ def test_without_the_extension():
 
 
 def test_an_extension_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(_C, "rules", lambda: [("adam", "exp_avg exp_avg_sq", "lr, eps")])
+    monkeypatch.setattr(_C, "head", lambda: ["coef", "max_norm"])
     module, reason = dispatch._load.__wrapped__()
     assert module is None
     assert "another version of fastopt" in reason
@@ -177,14 +177,15 @@ def test_where_torchs_fields_are_not_found():
     """Another torch: every step is planned anew, to the same effect."""
     code = (
         "import fastopt, torch\n"
-        "from fastopt import dispatch, scalars\n"
+        "from fastopt.step import dispatch, table\n"
         "{}\n"
         "for cls in fastopt.OPTIMIZERS:\n"
         "    torch.manual_seed(0)\n"
         "    p = torch.nn.Parameter(torch.randn(100)); o = cls([p], max_norm=1.0)\n"
         "    for _ in range(3):\n"
         "        p.grad = torch.randn(100); o.step()\n"
-        "    print(o._plan.holds(o, scalars.Rows(o)), p.double().sum().item())"
+        "    held = o._plan.holds(o.param_groups, o.state, o._table, o.backend, False)\n"
+        "    print(held, p.double().sum().item())"
     )
     fast = run_python(code.format("")).stdout
     slow = run_python(code.format("dispatch.torch_abi.find = lambda: None")).stdout
@@ -197,7 +198,7 @@ def test_wrong_fields_of_torch_are_not_used():
     """Each wrong in turn: steps are planned anew, and the report says so."""
     code = (
         "import fastopt\n"
-        "from fastopt import dispatch, torch_fields\n"
+        "from fastopt.step import dispatch, torch_abi\n"
         "search = torch_abi._search\n"
         "for name in (*torch_abi.Fields._fields, None):\n"
         "    wrong = lambda t: (f := search(t))._replace(**{name: getattr(f, name) + 8})\n"
@@ -213,16 +214,15 @@ def test_wrong_fields_of_torch_are_not_used():
     assert "slow on many tensors" not in right
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_gradients_are_measured_once(monkeypatch, backend):
+def test_gradients_are_measured_once(monkeypatch):
     passes = []
-    measure = plan.Plan._sum_of_squares_on_host
+    measure = Reference.power_sum
     monkeypatch.setattr(
-        plan.Plan, "_sum_of_squares_on_host", lambda self: passes.append(1) or measure(self)
+        Reference, "power_sum", lambda self, order: passes.append(1) or measure(self, order)
     )
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    optimizer = fastopt.SGD([param], max_norm=1.0, backend=backend)
+    optimizer = fastopt.SGD([param], max_norm=1.0, backend="reference")
     for _ in range(2):
         optimizer.step()
     assert len(passes) == 2

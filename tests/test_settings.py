@@ -124,7 +124,7 @@ def test_settings_that_stay_are_checked_once(backend, monkeypatch):
     optimizer = fastopt.SGD([{"params": [param]} for param in params], momentum=0.9)
     take_steps(optimizer, range(1))
     checked = []
-    monkeypatch.setattr(settings, "check", lambda group, *_: checked.append(group["lr"]))
+    monkeypatch.setattr(settings, "check", lambda rule, group, *_: checked.append(group["lr"]))
     take_steps(optimizer, range(3))
     assert not checked
     optimizer.param_groups[1]["lr"] = 0.5

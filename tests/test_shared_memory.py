@@ -271,7 +271,7 @@ def in_order(extents, active):
 def test_waves(tensors):
     extents = [(begin, begin + size) for begin, size, _ in tensors]
     active = [i for i, (*_, is_active) in enumerate(tensors) if is_active]
-    assert waves(extents, active) == in_order(extents, active)
+    assert _C.waves(extents, list(active)) == in_order(extents, active)
 
 
 @pytest.mark.parametrize("stride", [2, 3, 4])  # in pairs, as a chain, none
@@ -280,7 +280,7 @@ def test_many_waves(stride):
     begins = [8 * (i // 2) + i % 2 if stride == 2 else stride * i for i in range(n)]
     extents = [(begin, begin + 4) for begin in begins]
     wanted = [i if stride == 3 else i % 2 if stride == 2 else 0 for i in range(n)]
-    assert waves(extents, range(n)) == wanted
+    assert _C.waves(extents, list(range(n))) == wanted
 
 
 @settings(deadline=None, max_examples=100)

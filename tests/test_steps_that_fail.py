@@ -13,8 +13,8 @@ from helpers import BACKENDS, CASES, assert_same_bits, new_params, set_grads
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt import norm
-from fastopt.step import plan
+from fastopt.step import backends, plan, table
+from fastopt.step.params import Param
 
 FIRST = {"momentum": 0.9, "dampening": 0.5}  # the first step differs from the others
 
@@ -97,7 +97,7 @@ def test_the_extension_takes_tensors_only():
     optimizer = fastopt.SGD([param])
     set_grads([param], 0)
     optimizer.step()
-    watched = plan.Item.watched
+    watched = Param.watched
 
     def no_tensor(self, *args, **kwargs):
         return watched(self, *args, **kwargs)._replace(step=5)
@@ -105,7 +105,7 @@ def test_the_extension_takes_tensors_only():
     optimizer.add_param_group({"params": new_params([(4,)])})
     before = everything(optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan.Item, "watched", no_tensor)
+        patch.setattr(Param, "watched", no_tensor)
         with pytest.raises(TypeError, match="a tensor is wanted, not 5"):
             optimizer.step()
     assert_nothing_changed(optimizer, before)
@@ -209,7 +209,7 @@ def test_the_reference_makes_no_half_steps(when, fails_at, error, mixed, monkeyp
 
     for _ in range(when):
         one_step()
-    update, calls = reference.update_, []
+    update, calls = backends._update, []
 
     def failing(*args):
         update(*args)
@@ -219,7 +219,7 @@ def test_the_reference_makes_no_half_steps(when, fails_at, error, mixed, monkeyp
 
     before = everything(optimizer)
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "update_", failing)
+        patch.setattr(backends, "_update", failing)
         with pytest.raises(error):
             one_step()
     params_before = [plain(param) for param in before[0]]
@@ -238,11 +238,11 @@ def plain(tensor):
 def failures() -> list[tuple[object, str]]:
     """Where the first step of an optimizer can be made to fail, after its states were made."""
     return [
-        (plan.Item, "watched"),
+        (Param, "watched"),
         (plan, "norm_options"),
+        (plan.Plan, "_divide"),
         (plan.Plan, "run"),
-        (plan.Plan, "_run"),
-        (plan.Plan, "_update_others"),
+        (table.Table, "rows"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastopt
+from fastopt.rule import head
 from fastopt.step import torch_abi
 
 SHAPES = ((8, 8), (16,), (), (2, 1, 3, 2, 1, 2, 2))
@@ -27,7 +29,7 @@ def test_a_layout_that_is_not_found_is_none(monkeypatch, name):
     def fails(*arguments):
         raise torch_abi.NotFoundError
 
-    monkeypatch.setattr(torch_fields, name, fails)
+    monkeypatch.setattr(torch_abi, name, fails)
     assert torch_abi.find() is None
 
 
@@ -45,7 +47,7 @@ def test_a_wrong_field_is_noticed(monkeypatch, name: str, error: int):
         found = search(tensors)
         return found._replace(**{name: getattr(found, name) + error})
 
-    monkeypatch.setattr(torch_fields, "_search", wrong)
+    monkeypatch.setattr(torch_abi, "_search", wrong)
     assert torch_abi.find() is None
 
 
@@ -54,7 +56,7 @@ def test_what_lies_behind_an_object_is_no_field(monkeypatch):
     allocation, found = torch_abi._allocation, torch_abi.find()
     assert found is not None
     monkeypatch.setattr(
-        torch_fields, "_allocation", lambda address: allocation(address) + os.urandom(64)
+        torch_abi, "_allocation", lambda address: allocation(address) + os.urandom(64)
     )
     assert torch_abi.find() == found
 
@@ -62,7 +64,7 @@ def test_what_lies_behind_an_object_is_no_field(monkeypatch):
 def test_only_what_was_allocated_is_read(monkeypatch):
     """Smaller objects than any torch has: fields that do not fit into them are not found."""
     allocation = torch_abi._allocation
-    monkeypatch.setattr(torch_fields, "_allocation", lambda address: allocation(address)[:48])
+    monkeypatch.setattr(torch_abi, "_allocation", lambda address: allocation(address)[:48])
     assert torch_abi.find() is None
 
 
@@ -264,16 +266,16 @@ def test_gradients_replaced_between_looking_and_updating():
     for _ in range(2):
         param.grad = torch.ones(4)
         optimizer.step()
-    native = optimizer._plan.native
-    assert native.refresh(1)
-    assert native.cohorts()
+    native = optimizer._plan._native
+    assert native.begin(1)
     param.grad = None
     undo = [None]
-    native.update([(1.0, float("inf"), 0.0, 3.0, 1.0, *(0.0,) * 8)], 1, undo)
+    row = array("d", (*head(1.0, step=3), 1.0, *(0.0,) * 5)).tobytes()
+    native.step(row, False, False, None, 1.0, False, 1, undo)
     assert torch.equal(param, torch.full((4,), -2.0))
     assert not undo
     with pytest.raises(RuntimeError, match="without its gradients"):
-        native.update([(0.0,) * 13], 1, undo)
+        native.step(row, False, False, None, 1.0, False, 1, undo)
 
 
 def test_a_step_that_raises_keeps_no_gradient():

@@ -15,7 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from fastopt.step import checks, dispatch, params, plan, table
+from fastopt.step import backends, checks, dispatch, plan, table
+from fastopt.step import params as params_module
 
 pytestmark = [interpreted, *masked_out]
 
@@ -266,7 +267,7 @@ class NoReads(TorchDispatchMode):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Tensors that the host need not wait for are treated as if it had to."""
-    monkeypatch.setattr(scalars, "is_on_device", torch.is_tensor)
+    monkeypatch.setattr(table, "is_on_device", torch.is_tensor)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -361,9 +362,9 @@ def test_one_norm_for_several_backends(monkeypatch, capturable):
     """Parameters on a GPU beside some on the CPU."""
     backend_for = dispatch.backend_for
 
-    def by_size(tensors, backend, where):
+    def by_size(tensors, backend, *args):
         kind = {5: "cpp", 6: "reference"}.get(tensors[0].numel(), "triton")
-        return backend_for(tensors, kind, where)
+        return backend_for(tensors, kind, *args)
 
     def updated(backend):
         params = new_params([(5,), (4,), (6,), (9000,)])
@@ -559,7 +560,7 @@ def capture(monkeypatch):
     """Turns on and off that launches become part of a graph; its replays are left to GPU tests."""
 
     def switch(on):
-        for module in (items, plan, dispatch.triton_kernels()):
+        for module in (params_module, plan, backends, dispatch.triton_kernels()):
             monkeypatch.setattr(module, "capturing", lambda device: on)
 
     return switch
@@ -570,7 +571,7 @@ def test_captured_steps_have_tables_of_their_own(capture):
     optimizer = fastopt.AdamW(params, max_norm=1.0, capturable=True, backend="triton")
     set_grads(params, 0)
     optimizer.step()
-    tensors = optimizer._plan.parts[0].tensors
+    tensors = optimizer._plan._devices[0].tensors
     before = tensors.words_there, tensors.words_there.clone()
     capture(True)
     params[0].grad = None  # another pattern

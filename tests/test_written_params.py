@@ -16,8 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
-from fastopt.step import dispatch
 from fastopt.packing import param_of
+from fastopt.step import dispatch
 
 pytestmark = [
     # Lanes that are masked out hold zeros.
