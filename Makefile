@@ -4,13 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test sanitize bench figures lint clean
-demo: $(READY)
+.PHONY: demo test sanitize bench figures lint clean extension
+demo: extension
 	$(RUN) -m bench.demo
 
-test: $(READY)
+test: extension
 	$(RUN) -m pytest
 
 # What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.
@@ -18,16 +17,15 @@ SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fr
 RUNTIME = $(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
 SANITIZED := bits guard_pages lifecycle norm odd_uses packing precision torch_fields
 sanitize: $(READY)
-	$(RUN) -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13'
 	CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" $(RUN) setup.py --quiet build \
 		--build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest \
 		-o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/test_%.py)
 
-bench: $(READY)
+bench: extension
 	$(RUN) -m bench run
 
-figures: $(READY)
+figures: extension
 	$(RUN) -m bench.kernels --write
 	$(RUN) -m bench.instructions --write
 
@@ -36,9 +34,13 @@ lint: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Rebuilt when the C++ sources, the build or the choice of torch change.
-$(READY): $(SOURCES) $(VENV)/torch-$(TORCH)
-	$(RUN) -m pip install --quiet --editable '.[bench,lint,test]'
+# ninja knows what is to be built: nothing, where no source and no flag has changed.
+extension: $(READY)
+	$(RUN) setup.py --quiet build_ext --inplace
+
+$(READY): pyproject.toml $(VENV)/torch-$(TORCH)
+	$(RUN) -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' 'ninja>=1.11'
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[bench,lint,test]'
 	touch $@
 
 $(VENV)/torch-$(TORCH):
