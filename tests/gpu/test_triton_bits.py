@@ -153,7 +153,7 @@ def test_layouts(cls, variant, flags, dtype):
     check_layouts(tensors, cls, dtype, **variant, **flags)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=15, phases=[__import__("hypothesis").Phase.generate])
 @given(
     st.lists(layouts(), min_size=1, max_size=3),
     st.sampled_from(CASES),
