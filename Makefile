@@ -15,12 +15,12 @@ test: extension
 # What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 RUNTIME = $(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
-SANITIZED := bits guard_pages lifecycle norm odd_uses packing precision torch_fields
+SANITIZED := norm packing precision rules step
 sanitize: $(READY)
 	CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" $(RUN) setup.py --quiet build \
 		--build-base build/sanitized --build-lib build/sanitized/lib
 	LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 $(RUN) -m pytest \
-		-o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/test_%.py)
+		-o pythonpath=build/sanitized/lib $(SANITIZED:%=tests/%)
 
 bench: extension
 	$(RUN) -m bench run

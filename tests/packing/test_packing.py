@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_every_fp32_number_is_a_parameter_and_a_remainder(tmp_path):
     program = str(tmp_path / "split_exhaustive")
     # -march=native is for the time it takes: csrc/isa.h has other ways.
     compile_it = ["c++", "-std=c++17", "-O3", "-march=native", "-fopenmp", f"-I{ROOT / 'csrc'}"]
-    source = str(ROOT / "tests" / "split_exhaustive.cpp")
+    source = str(Path(__file__).with_name("split_exhaustive.cpp"))
     subprocess.run([*compile_it, source, "-o", program], check=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run([program], capture_output=True, text=True, env=environment)

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import PACKAGE, ROOT, Interruption, new_params, set_grads
+from helpers import Interruption, new_params, set_grads
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
@@ -175,7 +176,7 @@ def failing_new(tmp_path_factory):
     if not compiler or sys.platform != "linux":
         pytest.skip("there is no C++ compiler, or no LD_PRELOAD")
     library = tmp_path_factory.mktemp("preload") / "failing_new.so"
-    source = ROOT / "tests" / "failing_new.cpp"
+    source = Path(__file__).with_name("failing_new.cpp")
     command = [compiler, "-O1", "-shared", "-fPIC", "-std=c++17", source, "-o", library]
     subprocess.run(command, check=True)
     return library
@@ -186,7 +187,7 @@ def run_this_file(*args, **environment):
     command = [sys.executable, __file__, *args]
     run = subprocess.run(
         command,
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
         capture_output=True,
     )
     output = (run.stdout + run.stderr).decode()

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers import CASES, PACKAGE
+from helpers import CASES
 from test_lifecycle import ISAS, MODES, suits
 
 import fastopt
@@ -108,7 +108,7 @@ def main(lengths, every):
 
 
 def run(*args):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "ignore", __file__, *args]
     run = subprocess.run(command, env=environment, capture_output=True)
     output = (run.stdout + run.stderr).decode()
