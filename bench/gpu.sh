@@ -67,7 +67,7 @@ nvidia-smi 2>&1 | tee -a "$work/machine.log"
 
 # The benchmarks are left at least four minutes.
 if "$python" -c 'import pytest' 2>/dev/null; then
-    run tests $((330 - SECONDS)) "$python" -m pytest tests/gpu/test_gpu.py \
+    run tests $((330 - SECONDS)) "$python" -m pytest tests/gpu/test_gpu.py tests/gpu/test_triton_bits.py \
         -q -ra --tb=short --maxfail=40 --durations=10 -p no:cacheprovider || failed=1
     summary+=("$(tail -n 1 "$work/tests.log")")
 else

@@ -62,8 +62,10 @@ class Reference:
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Multiplies the gradients by what brings a norm, in double, down to ``max_norm``."""
         if max_norm != math.inf:
-            coef = (max_norm / (moved(norm, self.device) + 1e-6)).clamp(max=1.0)
-            self._assign(head(coef))  # type: ignore[arg-type]  # no wait for a GPU
+            coef: Any = (max_norm / (moved(norm, self.device) + 1e-6)).clamp(max=1.0)
+            # A tensor, so that nothing waits for a GPU; and two of no dimension become a double.
+            dtypes = [arithmetic_dtype(target.grad) for target in self.targets]
+            self.update([head(coef.to(dtype)) for dtype in dtypes])
 
     def clamp(self, clip_value: float) -> None:
         """Clamps all elements to ±``clip_value``."""

@@ -25,8 +25,6 @@ from fastopt.rules import RULES
 ADAM = ("adam", ("exp_avg", "exp_avg_sq"))
 ELEMENTS = 8  # of each operand that a thread has at a time: update.BLOCK / tables.THREADS
 CHUNK = 64  # of each operand that a thread has in all: tables.CHUNK / tables.THREADS
-
-
 #: Of the precision modes, those with most to do.
 PACKED = [
     ("bf16+16", "bf16", "fp32"),
@@ -117,13 +115,11 @@ def blocks_in_a_turn(result):
     read = [grad, *states] if case.rule == "assign" else [param, grad, *states]
     written = [param, *states]
     in_full = accesses_of_a_block("load", read, WIDE) + accesses_of_a_block("store", written, WIDE)
-    stores_in_tail = Counter({a: n for a, n in tail.items() if a.kind == "store"})
-    in_tail = accesses_of_a_block("store", written)
+    stores = Counter({a: n for a, n in tail.items() if a.kind == "store"})
+    in_tail = without_scales(accesses_of_a_block("store", written), case, True)
     return (
         quotient(without_scales(full, case, False), in_full, result),
-        quotient(
-            without_scales(stores_in_tail, case, True), without_scales(in_tail, case, True), result
-        ),
+        quotient(without_scales(stores, case, True), in_tail, result),
     )
 
 
@@ -131,11 +127,6 @@ def quotient(found, unit, result):
     times = max(1, found.total() // unit.total())
     assert found == Counter({key: times * n for key, n in unit.items()}), result.line()
     return times
-
-
-def test_accesses_of_updates(updates):
-    for result in updates:
-        blocks_in_a_turn(result)
 
 
 def test_accesses_of_the_norm(results):
@@ -169,13 +160,14 @@ def divisions_and_roots(rule, states):
     return operations.counts[torch.ops.aten.div], operations.counts[torch.ops.aten.sqrt]
 
 
-def test_divisions_and_square_roots(updates):
+def test_accesses_divisions_and_square_roots(updates):
     assert divisions_and_roots(*ADAM) == (1, 1)
     for result in updates:
+        in_a_turn = blocks_in_a_turn(result)
         if "8bit" in result.case.storage:
             continue  # there are those of the scales, as many as a thread has of them
         wanted = divisions_and_roots(result.case.rule, result.case.states)
-        for branch, blocks in zip(branches(result), blocks_in_a_turn(result), strict=True):
+        for branch, blocks in zip(branches(result), in_a_turn, strict=True):
             found = tuple(assembly.count(p, branch) for p in (DIVISION, SQUARE_ROOT))
             assert found == tuple(blocks * ELEMENTS * n for n in wanted), result.line()
 
@@ -222,14 +214,19 @@ def test_nothing_is_fused(results):
             assert not re.search(rf"\b[FD]FMA2?\b|\b{amd}", code), result.line()
 
 
-def test_no_spills(results):
-    """But for a number here and there: NVIDIA's compiler keeps one of 8 bytes on the stack, AMD's
-    some scalars, of which there are 106, in lanes of a vector register."""
+def test_spills_and_shared_memory(results):
+    """Spilled is a number here and there: NVIDIA's compiler keeps one of 8 bytes on the stack,
+    AMD's some scalars, of which there are 106, in lanes of a vector register.
+
+    Shared is a block of doubles at most, which goes from one layout to another: 8 KiB. NVIDIA's
+    multiprocessors have that for as many programs as they have threads for.
+    """
     for result in results:
         figures = result.figures
         in_lanes = 0 if assembly.is_nvidia(result.kernel) else 8
         assert figures.stack <= 8, result.line()
         assert figures.spill <= (in_lanes if figures.stack == 0 else 0), result.line()
+        assert figures.smem <= 8 * 1024, result.line()
 
 
 def test_registers(updates):
@@ -252,13 +249,6 @@ def test_registers(updates):
         # programs a multiprocessor. With fewer registers they would spill.
         few_bytes = result.case.storage == ("bf16~", "bf16", "8bit")
         assert programs * 128 * of_a_thread >= (18 if few_bytes else 24) * 1024, result.line()
-
-
-def test_shared_memory(results):
-    """A block of doubles at most, which goes from one layout to another: 8 KiB. NVIDIA's
-    multiprocessors have that for as many programs as they have threads for."""
-    for result in results:
-        assert result.figures.smem <= 8 * 1024, result.line()
 
 
 def test_figures_are_those_of_the_table(results, request):

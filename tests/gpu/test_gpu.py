@@ -29,7 +29,6 @@ from twins import (
     GPU,
     STEPS,
     assert_bits,
-    assert_same_bits_on_both,
     give_grads,
     make_grads,
     make_params,
@@ -37,6 +36,7 @@ from twins import (
     results,
     take_steps,
     train,
+    twins,
 )
 
 import fastopt
@@ -64,29 +64,26 @@ def fill_grads(params, seed):
 
 
 @each_optimizer
-def test_while_the_device_is_behind(cls):
+@twins
+def test_while_the_device_is_behind(device, backend, cls):
     """What the host writes for one step must not reach the step before it; gradients are read and
     parameters written on the current stream."""
-
-    def run(device, backend):
-        params = make_params(device)
-        grads = [make_grads(params, seed) for seed in range(20)]
-        optimizer = cls(params, lr=0.1, max_norm=0.5, backend=backend)
-        take_steps(optimizer, [0])
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream() if device == GPU else None):
-            if device == GPU:
-                torch.cuda._sleep(CYCLES)
-            for step, new in enumerate(grads):
-                for i, (param, grad) in enumerate(zip(params, new, strict=True)):
-                    missing = step % 4 == 0 and i == step % len(params)
-                    param.grad = None if missing else grad * 2  # on this stream
-                optimizer.step()
-                optimizer.param_groups[0]["lr"] *= 0.9
-        torch.cuda.synchronize()
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
+    params = make_params(device)
+    grads = [make_grads(params, seed) for seed in range(20)]
+    optimizer = cls(params, lr=0.1, max_norm=0.5, backend=backend)
+    take_steps(optimizer, [0])
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if device == GPU else None):
+        if device == GPU:
+            torch.cuda._sleep(CYCLES)
+        for step, new in enumerate(grads):
+            for i, (param, grad) in enumerate(zip(params, new, strict=True)):
+                missing = step % 4 == 0 and i == step % len(params)
+                param.grad = None if missing else grad * 2  # on this stream
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.9
+    torch.cuda.synchronize()
+    return results(optimizer)
 
 
 @each_clip
@@ -304,18 +301,16 @@ def test_graph(cls, dtypes, settings):
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @each_optimizer
-def test_capture_needs_capturable(cls):
-    def run(device, backend):
-        optimizer = cls(make_params(device), lr=0.01, backend=backend)
-        take_steps(optimizer, STEPS)
-        if device == GPU:
-            before = [tensor.clone() for tensor in results(optimizer)]
-            with pytest.raises(RuntimeError, match="capturable=True"):
-                captured(optimizer.step)
-            assert_bits(results(optimizer), before)
-        return train(optimizer, [4])  # and it goes on
-
-    assert_same_bits_on_both(run)
+@twins
+def test_capture_needs_capturable(device, backend, cls):
+    optimizer = cls(make_params(device), lr=0.01, backend=backend)
+    take_steps(optimizer, STEPS)
+    if device == GPU:
+        before = [tensor.clone() for tensor in results(optimizer)]
+        with pytest.raises(RuntimeError, match="capturable=True"):
+            captured(optimizer.step)
+        assert_bits(results(optimizer), before)
+    return train(optimizer, [4])  # and it goes on
 
 
 # Launches and memory

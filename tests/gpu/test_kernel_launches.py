@@ -84,34 +84,29 @@ def worker():
         yield workers
 
 
-CASES = pytest.mark.parametrize(
+CLIP = {"max_norm": 1.0}
+CAPTURABLE = {"capturable": True}
+WITH_NORM = ["reduce_chunks", "compute_scalars", "update"]
+each_kind = pytest.mark.parametrize(
     ("settings", "scaled", "kernels"),
     [
         ({}, False, ["update"]),
-        ({"max_norm": 1.0}, False, ["reduce_chunks", "clip", "update"]),
-        ({"capturable": True}, False, ["compute_scalars", "update"]),
-        (
-            {"max_norm": 1.0, "capturable": True},
-            False,
-            ["reduce_chunks", "compute_scalars", "update"],
-        ),
-        ({"capturable": True}, True, ["reduce_chunks", "compute_scalars", "update"]),
-        (
-            {"max_norm": 1.0, "capturable": True},
-            True,
-            ["reduce_chunks", "compute_scalars", "update"],
-        ),
+        (CLIP, False, ["reduce_chunks", "clip", "update"]),
+        (CAPTURABLE, False, ["compute_scalars", "update"]),
+        ({**CLIP, **CAPTURABLE}, False, WITH_NORM),
+        (CAPTURABLE, True, WITH_NORM),
+        ({**CLIP, **CAPTURABLE}, True, WITH_NORM),
     ],
 )
 
 
-@CASES
+@each_kind
 @pytest.mark.parametrize("tensors", [1, 1000])
 def test_number_of_launches(worker, tensors, settings, scaled, kernels):
     assert worker.submit(one_step, tensors, settings, scaled).result() == kernels
 
 
-@CASES
+@each_kind
 def test_nothing_is_compiled_after_the_first_step(worker, settings, scaled, kernels):
     """Triton would compile anew for numbers that are 1 or multiples of 16, and for addresses that
     are, unless told not to."""

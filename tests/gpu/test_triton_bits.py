@@ -20,7 +20,6 @@ from twins import (
     SHAPES,
     STEPS,
     assert_bits,
-    assert_same_bits_on_both,
     each,
     give_grads,
     laid_out,
@@ -32,6 +31,7 @@ from twins import (
     results,
     take_steps,
     train,
+    twins,
 )
 
 import fastopt
@@ -58,153 +58,135 @@ def adamw(cls, variant, *row):
 
 
 @each("cls, variant, flags, dtype", product(FLAGS, DTYPES), nearly_usual)
-def test_bits(cls, variant, flags, dtype):
-    def run(device, backend):
-        params = make_params(device, dtypes=(dtype,))
-        return train(cls(params, lr=0.01, backend=backend, **variant, **flags))
-
-    assert_same_bits_on_both(run)
+@twins
+def test_bits(device, backend, cls, variant, flags, dtype):
+    params = make_params(device, dtypes=(dtype,))
+    return train(cls(params, lr=0.01, backend=backend, **variant, **flags))
 
 
 MODE_FLAGS = [{}, {"weight_decay": 0.1, "max_norm": 0.5}]
 
 
 @each("cls, variant, mode, flags", product(MODES, MODE_FLAGS))
-def test_precision_modes(cls, variant, mode, flags):
+@twins
+def test_precision_modes(device, backend, cls, variant, mode, flags):
     dtype, master, states = mode
     if cls.rule.unfit({**cls([torch.ones(1)]).defaults, **variant}, states):
         pytest.skip("the rule needs more precision")
-
-    def run(device, backend):
-        modes = {"master_weights": master, "state_dtype": states, "seed": 7}
-        params = make_params(device, dtypes=(dtype,))
-        optimizer = cls(params, lr=0.01, backend=backend, **modes, **variant, **flags)
-        return [*train(optimizer), *optimizer.master_params()]
-
-    assert_same_bits_on_both(run)
+    modes = {"master_weights": master, "state_dtype": states, "seed": 7}
+    params = make_params(device, dtypes=(dtype,))
+    optimizer = cls(params, lr=0.01, backend=backend, **modes, **variant, **flags)
+    return [*train(optimizer), *optimizer.master_params()]
 
 
-def last_of_two_dtypes(cls, variant, dtype):
-    return variant is cls.variants[-1] and dtype in (FP32, BF16)
-
-
-@each("cls, variant, dtype", product(DTYPES), last_of_two_dtypes)
-def test_special_values(cls, variant, dtype):
+@each(
+    "cls, variant, dtype",
+    product(DTYPES),
+    lambda cls, variant, dtype: variant is cls.variants[-1] and dtype in (FP32, BF16),
+)
+@twins
+def test_special_values(device, backend, cls, variant, dtype):
     """Zeros of both signs, subnormals, infinities, NaN and overflow go the same way."""
     info = torch.finfo(dtype)
     positive = [0.0, 1.0, info.max, info.tiny, info.tiny / 4, info.eps, 1 + info.eps, 1e-7]
-    positive.append(math.inf)
-    values = torch.tensor([*positive, *(-x for x in positive), math.nan], dtype=dtype)
-
-    def run(device, backend):
-        grid = torch.meshgrid(values, values, indexing="ij")
-        start, grad = (x.repeat(32, 1).to(device) for x in grid)  # more than a chunk
-        param = start.requires_grad_()
-        optimizer = cls([param], lr=0.01, backend=backend, **variant)
-        for _ in range(2):
-            param.grad = grad
-            optimizer.step()
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
+    values = [*positive, math.inf, *(-x for x in positive), -math.inf, math.nan]
+    grid = torch.meshgrid([torch.tensor(values, dtype=dtype)] * 2, indexing="ij")
+    param, grad = (x.repeat(32, 1).to(device) for x in grid)  # more than a chunk
+    optimizer = cls([param.requires_grad_()], lr=0.01, backend=backend, **variant)
+    for _ in range(2):
+        param.grad = grad
+        optimizer.step()
+    return results(optimizer)
 
 
-def check_layouts(tensors, cls, dtype, **flags):
-    """Of parameters and gradients, given with their shapes."""
+def train_laid_out(device, tensors, cls, dtype, **settings):
+    """With parameters and gradients of these shapes, each with a layout."""
+    generator = torch.Generator().manual_seed(0)
 
-    def run(device, backend):
-        generator = torch.Generator().manual_seed(0)
+    def laid(shape, layout):
+        tensor = laid_out(shape, layout, dtype, generator)
+        base = tensor._base.to(device)
+        return base, base.as_strided(shape, tensor.stride(), tensor.storage_offset())
 
-        def laid(shape, layout):
-            tensor = laid_out(shape, layout, dtype, generator)
-            base = (tensor if tensor._base is None else tensor._base).to(device)
-            return base, base.as_strided(shape, tensor.stride(), tensor.storage_offset())
-
-        bases, views = zip(*(laid(shape, layout) for shape, layout, _ in tensors), strict=True)
-        params = [view.detach().requires_grad_() for view in views]
-        optimizer = cls(params, lr=0.01, backend=backend, **flags)
-        for _ in range(2):
-            for param, (shape, _, layout) in zip(params, tensors, strict=True):
-                param.grad = laid(shape, layout)[1]
-            optimizer.step()
-        return [*bases, *results(optimizer)]  # whole: what was written beside a parameter shows
-
-    assert_same_bits_on_both(run)
+    bases, views = zip(*(laid(shape, layout) for shape, layout, _ in tensors), strict=True)
+    params = [view.detach().requires_grad_() for view in views]
+    optimizer = cls(params, lr=0.01, **settings)
+    for _ in range(2):
+        for param, (shape, _, layout) in zip(params, tensors, strict=True):
+            param.grad = laid(shape, layout)[1]
+        optimizer.step()
+    return [*bases, *results(optimizer)]  # whole: what was written beside a parameter shows
 
 
-#: As `laid_out` has them.
-LAYOUTS = {
-    "contiguous": ([0, 1, 2, 3], [1, 1, 1, 1], 0),
-    "one element off": ([0, 1, 2, 3], [1, 1, 1, 1], 1),
-    "two elements off": ([0, 1, 2, 3], [1, 1, 1, 1], 2),
-    "transposed": ([3, 2, 1, 0], [1, 1, 1, 1], 0),
-    "channels last": ([0, 2, 3, 1], [1, 1, 1, 1], 0),
-    "strided": ([0, 1, 2, 3], [1, 1, 1, 2], 1),
-    "every other row": ([0, 1, 2, 3], [1, 1, 2, 1], 3),
-}
+IN_ORDER, UNSTRETCHED = [0, 1, 2, 3], [1, 1, 1, 1]
+LAYOUTS = [
+    *((IN_ORDER, UNSTRETCHED, offset) for offset in (0, 1, 2)),
+    ([3, 2, 1, 0], UNSTRETCHED, 0),
+    ([0, 2, 3, 1], UNSTRETCHED, 0),  # channels last
+    (IN_ORDER, [1, 1, 1, 2], 1),
+    (IN_ORDER, [1, 1, 2, 1], 3),  # gaps between rows
+]
 
 
 @on_a_gpu
 @each("cls, variant, flags, dtype", product(CLIPS, [FP32, BF16]))
-def test_layouts(cls, variant, flags, dtype):
+@twins
+def test_layouts(device, backend, cls, variant, flags, dtype):
     """Every layout of a parameter with every layout of its gradient, of more than a chunk."""
-    pairs = itertools.product(LAYOUTS.values(), LAYOUTS.values())
-    tensors = [((6, 13, 10, 11), *pair) for pair in pairs]
-    check_layouts(tensors, cls, dtype, **variant, **flags)
+    tensors = [((6, 13, 10, 11), *pair) for pair in itertools.product(LAYOUTS, LAYOUTS)]
+    return train_laid_out(device, tensors, cls, dtype, backend=backend, **variant, **flags)
 
 
-@settings(deadline=None, max_examples=15, phases=[__import__("hypothesis").Phase.generate])
+@settings(deadline=None, max_examples=15)
 @given(
     st.lists(layouts(), min_size=1, max_size=3),
     st.sampled_from(CASES),
     st.sampled_from(DTYPES),
     st.booleans(),
 )
-def test_any_layout(tensors, case, dtype, capturable):
+@twins
+def test_any_layout(device, backend, tensors, case, dtype, capturable):
     """Of any strides and alignment."""
     cls, variant = case
     if COMPILED and dtype == FP64:
         capturable = False  # see test_capturable
-    check_layouts(tensors, cls, dtype, max_norm=1.0, capturable=capturable, **variant)
+    flags = {"max_norm": 1.0, "capturable": capturable, "backend": backend, **variant}
+    return train_laid_out(device, tensors, cls, dtype, **flags)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @each("cls, variant", CASES, adamw)
-def test_parameters_that_share_memory(cls, variant):
+@twins
+def test_parameters_that_share_memory(device, backend, cls, variant):
     """Those that overlap, and one that stands twice, are updated one after the other."""
-
-    def run(device, backend):
-        (base,) = make_params(device, shapes=((30_000,),))
-        base = base.detach()
-        views = [base[:20_000], base[10_000:], base, base[1::2], base[500:600], base[500:600]]
-        params = [view.requires_grad_() for view in views]
-        return [base, *train(cls([*params, params[0]], lr=0.1, backend=backend, **variant))]
-
-    assert_same_bits_on_both(run)
+    (base,) = make_params(device, shapes=((30_000,),))
+    base = base.detach()
+    views = [base[:20_000], base[10_000:], base, base[1::2], base[500:600], base[500:600]]
+    params = [view.requires_grad_() for view in views]
+    return [base, *train(cls([*params, params[0]], lr=0.1, backend=backend, **variant))]
 
 
 @each("cls, variant, flags", product(CLIPS), adamw)
-def test_gradients_that_come_late_and_go(cls, variant, flags):
-    def run(device, backend):
-        params = make_params(device)
-        optimizer = cls(params, lr=0.01, backend=backend, **variant, **flags)
-        for seed in range(6):
-            give_grads(params, seed)
-            for i, param in enumerate(params):
-                if (i + seed) % 3 == 0 or (seed < 3 and i % 2):
-                    param.grad = None
-            optimizer.step()
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
+@twins
+def test_gradients_that_come_late_and_go(device, backend, cls, variant, flags):
+    params = make_params(device)
+    optimizer = cls(params, lr=0.01, backend=backend, **variant, **flags)
+    for seed in range(6):
+        give_grads(params, seed)
+        for i, param in enumerate(params):
+            if (i + seed) % 3 == 0 or (seed < 3 and i % 2):
+                param.grad = None
+        optimizer.step()
+    return results(optimizer)
 
 
-def last_rmsprop(cls, variant, capturable):
-    return cls is fastopt.RMSprop and variant is cls.variants[-1]
-
-
-@each("cls, variant, capturable", product([False, True]), last_rmsprop)
-def test_groups_that_differ_in_everything(cls, variant, capturable):
+@each(
+    "cls, variant, capturable",
+    product([False, True]),
+    lambda cls, variant, _: cls is fastopt.RMSprop and variant is cls.variants[-1],
+)
+@twins
+def test_groups_that_differ_in_everything(device, backend, cls, variant, capturable):
     """In kernels and settings; with parameters of every dtype, that have made other steps."""
     # The first has bias corrections of the device: see test_capturable.
     dtypes = (FP32, BF16, FP16) if capturable else DTYPES
@@ -213,20 +195,16 @@ def test_groups_that_differ_in_everything(cls, variant, capturable):
         {"weight_decay": 0.1, "maximize": True, "max_norm": 0.5, **cls.variants[0]},
         {"clip_value": 0.1, "max_norm": None, **cls.variants[1 % len(cls.variants)]},
     ]
-
-    def run(device, backend):
-        shapes = SHAPES if COMPILED else ((9, 2),)
-        each = [{"params": make_params(device, shapes, dtypes), **group} for group in groups]
-        optimizer = cls(each, lr=0.01, max_norm=2.0, capturable=capturable, backend=backend)
-        for seed in STEPS:
-            for group in optimizer.param_groups:
-                give_grads(group["params"], seed)
-                group["params"][seed].grad = None
-            optimizer.param_groups[0]["lr"] *= 0.5
-            optimizer.step()
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
+    shapes = SHAPES if COMPILED else ((9, 2),)
+    each = [{"params": make_params(device, shapes, dtypes), **group} for group in groups]
+    optimizer = cls(each, lr=0.01, max_norm=2.0, capturable=capturable, backend=backend)
+    for seed in STEPS:
+        for group in optimizer.param_groups:
+            give_grads(group["params"], seed)
+            group["params"][seed].grad = None
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.step()
+    return results(optimizer)
 
 
 @each_optimizer
@@ -241,28 +219,20 @@ def test_gradients_stay_and_parameters_are_marked_as_changed(cls):
         assert param.grad._version == grad_version
 
 
-def test_states_and_gradients_of_other_dtypes():
-    def run(device, backend):
-        (param,) = make_params(device, ((1000,),))
-        param.grad_dtype = BF16
-        optimizer = fastopt.AdamW([param], backend=backend)
-        optimizer.state[param] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros(1000, dtype=BF16, device=device),
-            "exp_avg_sq": torch.zeros(1000, dtype=FP16, device=device),
-        }
-        for seed in STEPS:
-            param.grad = make_grads([param], seed)[0].bfloat16()
-            optimizer.step()
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Tensors that the host need not wait for are treated as if it had to."""
-    monkeypatch.setattr(table, "is_on_device", torch.is_tensor)
+@twins
+def test_states_and_gradients_of_other_dtypes(device, backend):
+    (param,) = make_params(device, ((1000,),))
+    param.grad_dtype = BF16
+    optimizer = fastopt.AdamW([param], backend=backend)
+    optimizer.state[param] = {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros(1000, dtype=BF16, device=device),
+        "exp_avg_sq": torch.zeros(1000, dtype=FP16, device=device),
+    }
+    for seed in STEPS:
+        param.grad = make_grads([param], seed)[0].bfloat16()
+        optimizer.step()
+    return results(optimizer)
 
 
 def max_norm_alone(cls, variant, flags, lr_dtype):
@@ -274,64 +244,55 @@ def max_norm_alone(cls, variant, flags, lr_dtype):
     product([*FLAGS, {"max_norm": 0.5}], [FP32, FP64]),
     max_norm_alone,
 )
-def test_capturable(cls, variant, flags, lr_dtype, as_on_a_gpu):
+@twins
+def test_capturable(device, backend, cls, variant, flags, lr_dtype, monkeypatch):
     """Steps, scalars and a changing lr in the memory of the device.
 
     It computes beta**step by exp and log: in double, so that fp32 rounds most differences away.
     """
-
-    def run(device, backend):
-        capturable = backend == "triton"
-        lr = torch.tensor(0.125, dtype=lr_dtype, device=device) if capturable else 0.125
-        params = make_params(device, FEW_SHAPES, (FP32, BF16) if COMPILED else (FP32,))
-        made = {"capturable": capturable, "backend": backend, **variant, **flags}
-        optimizer = cls(params, lr=lr, **made)
-        for seed in range(6 if COMPILED else 3):
-            take_steps(optimizer, [seed])
-            lr *= 0.5
-            optimizer.param_groups[0]["lr"] = lr
-        return results(optimizer)
-
-    assert_same_bits_on_both(run)
+    if not COMPILED:  # as on a GPU, of which the host would have to wait for a tensor
+        monkeypatch.setattr(table, "is_on_device", torch.is_tensor)
+    capturable = backend == "triton"
+    lr = torch.tensor(0.125, dtype=lr_dtype, device=device) if capturable else 0.125
+    params = make_params(device, FEW_SHAPES, (FP32, BF16) if COMPILED else (FP32,))
+    made = {"capturable": capturable, "backend": backend, **variant, **flags}
+    optimizer = cls(params, lr=lr, **made)
+    for seed in range(6 if COMPILED else 3):
+        take_steps(optimizer, [seed])
+        lr *= 0.5
+        optimizer.param_groups[0]["lr"] = lr
+    return results(optimizer)
 
 
-FACTORS = [math.inf, 1.0, math.nan, 2.0, 0.5]  # powers of 2: they round nothing
 SCALERS = [torch.amp.GradScaler, fastopt.GradScaler]
-
-
-def torch_scaler(cls, variant, scaler_class, flags, unscale, capturable):
-    return scaler_class is torch.amp.GradScaler and flags and not unscale
 
 
 @each(
     "cls, variant, scaler_class, flags, unscale, capturable",
     product(SCALERS, CLIPS, [False, True], [False, True]),
-    torch_scaler,
+    lambda cls, variant, scaler, flags, unscale, _: scaler is SCALERS[0] and flags and not unscale,
 )
-def test_grad_scaler(cls, variant, scaler_class, flags, unscale, capturable):
+@twins
+def test_grad_scaler(device, backend, cls, variant, scaler_class, flags, unscale, capturable):
     """Steps that overflow, the first ones too, those between them, their norms, and the scale."""
-
-    def run(device, backend):
-        params = make_params(device, FEW_SHAPES)
-        made = {"capturable": capturable and backend == "triton", **variant, **flags}
-        optimizer = cls(params, lr=0.01, backend=backend, **made)
-        scaler = scaler_class(device.type, init_scale=2.0**16, growth_interval=2)
-        norms = []
-        for seed, factor in enumerate(FACTORS):
-            scaler.scale(torch.zeros((), device=device))
-            for param, grad in zip(params, make_grads(params, seed), strict=True):
-                param.grad = grad * scaler.get_scale() * factor
-            if unscale:
-                scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            norms.append(optimizer.grad_norm)
-        assert scaler.get_scale() == 2.0**15  # halved twice and doubled once
-        if cls.rule.counts_steps:
-            assert all(state["step"] == 3 for state in optimizer.state.values())
-        return [*results(optimizer), *(norm for norm in norms if norm is not None)]
-
-    assert_same_bits_on_both(run)
+    params = make_params(device, FEW_SHAPES)
+    made = {"capturable": capturable and backend == "triton", **variant, **flags}
+    optimizer = cls(params, lr=0.01, backend=backend, **made)
+    scaler = scaler_class(device.type, init_scale=2.0**16, growth_interval=2)
+    norms = []
+    for seed, factor in enumerate([math.inf, 1.0, math.nan, 2.0, 0.5]):  # they round nothing
+        scaler.scale(torch.zeros((), device=device))
+        for param, grad in zip(params, make_grads(params, seed), strict=True):
+            param.grad = grad * scaler.get_scale() * factor
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        norms += [norm.clone() for norm in [optimizer.grad_norm] if norm is not None]
+    assert scaler.get_scale() == 2.0**15  # halved twice and doubled once
+    if cls.rule.counts_steps:
+        assert all(state["step"] == 3 for state in optimizer.state.values())
+    return [*results(optimizer), *norms]
 
 
 # Norms and clipping by functions
@@ -340,17 +301,14 @@ def test_grad_scaler(cls, variant, scaler_class, flags, unscale, capturable):
 @each(
     "order, dtype", itertools.product([1, 2, math.inf], DTYPES), lambda order, dtype: dtype == FP32
 )
-def test_total_norm(order, dtype, monkeypatch):
+@twins
+def test_total_norm(device, backend, order, dtype, monkeypatch):
     large = (3_000_000,) if COMPILED else (9000,)
-
-    def run(device, backend):
-        monkeypatch.setenv("FASTOPT_BACKEND", backend)
-        grads = [grad.detach() for grad in make_params(device, (*SHAPES, large), (dtype,))]
-        norm = fastopt.get_total_norm(grads, order)
-        assert norm.device == device
-        return [norm]
-
-    assert_same_bits_on_both(run)
+    monkeypatch.setenv("FASTOPT_BACKEND", backend)
+    grads = [grad.detach() for grad in make_params(device, (*SHAPES, large), (dtype,))]
+    norm = fastopt.get_total_norm(grads, order)
+    assert norm.device == device
+    return [norm]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3.5, math.inf])
@@ -383,15 +341,13 @@ def test_clip_grad_norm(order, monkeypatch):
         assert_bits(found, wanted)
 
 
-def test_clip_grad_value(monkeypatch):
-    def run(device, backend):
-        monkeypatch.setenv("FASTOPT_BACKEND", backend)
-        params = make_params(device, ((1100,), *FEW_SHAPES), DTYPES)
-        give_grads(params, 1)
-        params[0].grad[:2] = torch.tensor([math.nan, -math.inf])
-        fastopt.clip_grad_value_(params, 0.25)
-        assert params[0].grad[:2].isnan().tolist() == [True, False]
-        assert params[0].grad[1:].abs().max() == 0.25
-        return [param.grad for param in params]
-
-    assert_same_bits_on_both(run)
+@twins
+def test_clip_grad_value(device, backend, monkeypatch):
+    monkeypatch.setenv("FASTOPT_BACKEND", backend)
+    params = make_params(device, ((1100,), *FEW_SHAPES), DTYPES)
+    give_grads(params, 1)
+    params[0].grad[:2] = torch.tensor([math.nan, -math.inf])
+    fastopt.clip_grad_value_(params, 0.25)
+    assert params[0].grad[:2].isnan().tolist() == [True, False]
+    assert params[0].grad[1:].abs().max() == 0.25
+    return [param.grad for param in params]

@@ -1,6 +1,7 @@
 """The same run by Triton, on a GPU or else in its interpreter, and by the reference on the CPU."""
 
 import functools
+import inspect
 import math
 import os
 
@@ -105,9 +106,18 @@ def assert_bits(found, wanted):
         assert torch.all((a.signbit() == b.signbit()) | a.isnan())
 
 
-def assert_same_bits_on_both(run):
-    """``run(device, backend)`` returns by Triton what it does by the reference."""
-    assert_bits(run(DEVICE, "triton"), run(CPU, "reference"))
+def twins(test):
+    """Of a test that returns what must have the same bits on a device by Triton, and on the CPU by
+    the reference: it is given both."""
+
+    @functools.wraps(test)
+    def both(*row, **arguments):
+        found = test(DEVICE, "triton", *row, **arguments)
+        assert_bits(found, test(CPU, "reference", *row, **arguments))
+
+    _, _, *others = inspect.signature(test).parameters.values()
+    both.__signature__ = inspect.Signature(others)
+    return both
 
 
 # Layouts

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, FP32, FP64, ISAS
+from helpers import BACKENDS, DTYPES, FP32, FP64, ISAS, assert_same_bits
 from rules.runs import machine
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -200,3 +200,18 @@ def test_what_is_no_number_or_dense_tensor():
     param.grad = torch.zeros(3).to_sparse()
     with pytest.raises(RuntimeError, match=r"gradient 0, of shape \(3,\), is torch.sparse_coo"):
         fastopt.clip_grad_norm_([param], 1.0)
+
+
+def test_a_gradient_of_no_dimension_is_clipped_in_fp32():
+    """Beside a coefficient of no dimension, torch would multiply in double."""
+    grads = [torch.tensor(0.7 + i / 97) for i in range(50)]
+    clipped = []
+    for backend in BACKENDS:
+        params = [torch.nn.Parameter(torch.zeros(())) for _ in grads]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FASTOPT_BACKEND", backend)
+            fastopt.clip_grad_norm_(params, 0.3)
+        clipped.append([param.grad for param in params])
+    assert_same_bits(*clipped)

@@ -646,16 +646,19 @@ def test_grad_norm(cls):
         assert optimizer.grad_norm.dtype == wanted
 
 
+IN_TRITON = pytest.param(fastopt.AdamW, "triton", marks=[interpreted, *masked_out])
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP64], ids=str)
 @pytest.mark.parametrize(("steps", "foreach"), [(0, None), (2, True)])
 @pytest.mark.parametrize(
-    "backend", [*BACKENDS, pytest.param("triton", marks=[interpreted, *masked_out])]
+    ("cls", "backend"), [*itertools.product(fastopt.OPTIMIZERS, BACKENDS), IN_TRITON]
 )
-@each_optimizer
 def test_no_gradients(cls, backend, steps, foreach, dtype):
     """zero_grad takes them; the norm is 0, and nothing changes; so too where groups are empty."""
-    optimizer = cls(new_params(SHAPES, dtype), max_norm=1.0, backend=backend, foreach=foreach)
-    params = take_steps(optimizer, range(steps))
+    params = new_params([(3,), (4,)], dtype)
+    optimizer = cls(params, max_norm=1.0, backend=backend, foreach=foreach)
+    take_steps(optimizer, range(steps))
     grads = [param.grad for param in params]
     optimizer.zero_grad(set_to_none=False)
     assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
