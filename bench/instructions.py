@@ -1,6 +1,6 @@
 """``python -m bench.instructions``: instructions of a step, counted by callgrind.
 
-Counts repeat where times do not, so that they are committed, in ``instructions.txt``, and a change
+Counts repeat; times do not. So they are committed, in ``instructions.txt``, and a change
 that costs something shows in a diff. Compares what it counts with that file, and exits with 1 where
 a figure is off by more than its tolerance. ``--write`` writes it, and what changed to
 ``history.jsonl``. Figures within the tolerance stay as they were, so that small changes cannot add

@@ -20,7 +20,7 @@ def prepare(
     dtype: torch.dtype = torch.bfloat16,
     keep_fp32: Callable[[str, Module], bool] | None = None,
 ) -> M:
-    """Casts a model in place to bf16 or fp16, but for what must stay in fp32.
+    """Casts a model in place to bf16 or fp16, except what must stay in fp32.
 
     As with `model.to(dtype)`, parameters stay the same objects, tied ones tied, and integer and
     complex tensors as they are. Other than there, layers with running statistics (BatchNorm,

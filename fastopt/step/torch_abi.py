@@ -39,7 +39,7 @@ SCALAR_TYPES = {
 
 
 class Fields(NamedTuple):
-    """Offsets in bytes; as TensorFields of csrc/torch_tensor.h has them, in the same order.
+    """Offsets in bytes; as TensorFields of csrc/torch_abi.h has them, in the same order.
 
     Args:
         impl: in a Python tensor: the address of its TensorImpl. The next ones are in that.
