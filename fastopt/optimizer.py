@@ -135,11 +135,12 @@ class Optimizer(torch.optim.Optimizer):
             ``max_norm``, but the norm is always that of all groups.
         clip_value (default None): clamp every element of the gradients to ±clip_value, after
             ``max_norm``; None: do not.
-        master_weights (default 'auto'): how the fp32 value of a 16-bit parameter is kept. ``"split"``:
-            an int16 ``param_remainder``, which with the bf16 parameter is the fp32 master, bit for
-            bit; a parameter that is written from outside wins. ``"fp32"``: a ``master_param``, for
-            fp16 too; elements written from outside win. ``"stochastic"``: nothing, bf16 parameters
-            are rounded stochastically instead. None: nothing, they are rounded to nearest.
+        master_weights (default 'auto'): how the fp32 value of a 16-bit parameter is kept.
+            ``"split"``: an int16 ``param_remainder``, which with the bf16 parameter is the fp32
+            master, bit for bit; a parameter that is written from outside wins. ``"fp32"``: a
+            ``master_param``, for fp16 too; elements written from outside win. ``"stochastic"``:
+            nothing, bf16 parameters are rounded stochastically instead. None: nothing, they are
+            rounded to nearest.
             ``"auto"``: ``"split"`` for bf16 and ``"fp32"`` for fp16. Means nothing for fp32 and
             fp64. With a master, bf16 parameters are rounded to nearest, ties away from zero.
         state_dtype (default torch.float32): how the states are kept: `torch.float32` (fp64 for fp64

@@ -97,10 +97,8 @@ def test_when_changed(name, value, error, message, backend, steps):
     """Before the first step, which may differ from others, and where a plan would be used again."""
     cls = classes_with(name)[0]
     variant = {"momentum": 0.9, "dampening": 0.5} if cls is fastopt.SGD else {}
-    optimizer, other = (
-        cls([{"params": [p]} for p in new_params([(3,), (4,)])], backend=backend, **variant)
-        for _ in range(2)
-    )
+    groups = [[{"params": [p]} for p in new_params([(3,), (4,)])] for _ in range(2)]
+    optimizer, other = (cls(of_one, backend=backend, **variant) for of_one in groups)
     take_steps(other, range(steps + 1))
     set_grads(take_steps(optimizer, range(steps)), steps)
     group = optimizer.param_groups[1]
@@ -234,12 +232,12 @@ def test_keys_of_frameworks_do_not_warn():
     for cls in fastopt.OPTIMIZERS:
         for key in keys.split():
             cls([{"params": new_params([(3,)]), key: 1.0, "param_names": None}])
-    for scheduler, bounds in (
-        (torch.optim.lr_scheduler.OneCycleLR, {"max_lr": 0.1, "total_steps": 9}),
-        (torch.optim.lr_scheduler.CyclicLR, {"base_lr": 0.01, "max_lr": 0.1}),
+    for scheduler in (
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
     ):
         optimizer = fastopt.AdamW(new_params([(3,)]))
-        scheduler(optimizer, **bounds, cycle_momentum=False)
+        scheduler(optimizer)
         fastopt.AdamW(optimizer.param_groups)
 
 
