@@ -131,7 +131,7 @@ std::pair<double, bool> Plan::step(const py::buffer& rows, bool measures, bool f
   }
   ready_ = false;
   watch_.release();
-  if (!skips && !fields_known) watch_.increment_versions();
+  if (!skips && !versions_known()) watch_.increment_versions();
   return {norm.value_or(std::numeric_limits<double>::quiet_NaN()), skips};
 }
 

@@ -22,6 +22,9 @@ struct TensorFields {
 
 inline TensorFields fields;
 inline bool fields_known = false;
+// Of these torch is asked in Python, in each step, where it is not known how it keeps them.
+inline bool grads_known() { return fields.autograd_meta; }
+inline bool versions_known() { return fields.version; }
 
 // Functions of torch's stable C interface, which return 0 unless they fail. They take addresses of
 // an at::Tensor, of which TorchTensor::grad_slot is one.
@@ -40,8 +43,10 @@ inline constexpr uint16_t kScalarTypes[] = {6, 7, 15, 5};
 class TorchTensor {
  public:
   explicit TorchTensor(const char* impl) : impl_(impl) {}
-  static TorchTensor of(const PyObject* tensor) {
-    return at(reinterpret_cast<const char*>(tensor) + fields.impl);
+  static TorchTensor of(const PyObject* tensor) { return at(slot_of(tensor)); }
+  // Where a Python tensor has its at::Tensor.
+  static const char* slot_of(const PyObject* tensor) {
+    return reinterpret_cast<const char*>(tensor) + fields.impl;
   }
   // `slot` is the address of an at::Tensor.
   static TorchTensor at(const void* slot) {

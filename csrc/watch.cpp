@@ -138,11 +138,26 @@ bool Watch::is_expected(const Item& item, TorchTensor grad) const {
          grad.has(item.ndim, shape, shape + item.ndim);
 }
 
+// What `param.grad` is, null where that is neither a tensor nor None.
+py::object Watch::asked_grad(const Item& item) const {
+  static PyObject* const grad_key = PyUnicode_InternFromString("grad");
+  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_key));
+  if (!grad) throw py::error_already_set();
+  return grad.is_none() || py::isinstance(grad, tensor_type_) ? grad : py::object();
+}
+
 // Holds the gradient and takes its address from what is held: autograd's threads may replace it at any
 // time. False where it is not of the kind that was found.
 bool Watch::take_grad(size_t i, Operand& operand) {
   Item& item = items_[i];
-  const char* slot = TorchTensor::of(item.param).grad_slot();
+  const char* slot = nullptr;
+  py::object asked;
+  if (grads_known())
+    slot = TorchTensor::of(item.param).grad_slot();
+  else if (!(asked = asked_grad(item)))
+    return false;
+  else if (!asked.is_none())
+    slot = TorchTensor::slot_of(asked.ptr());
   item.has_grad = slot != nullptr;
   if (!slot) return true;
   if (!item.updated) return false;
@@ -196,7 +211,7 @@ void Watch::count(int threads) {
     const Item& item = items_[i];
     if (!item.has_grad) return;
     if (item.step) *item.step += 1;
-    uint32_t* version = fields_known ? TorchTensor::of(item.param).version() : nullptr;
+    uint32_t* version = versions_known() ? TorchTensor::of(item.param).version() : nullptr;
     if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
   });
 }

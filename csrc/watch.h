@@ -58,7 +58,7 @@ class Watch {
   // Counts a step of each parameter that has a gradient, and tells autograd that it was written, which
   // does not see writes through an address.
   void count(int threads);
-  // The versions alone, where `fields` are not known.
+  // The versions alone, where it is not known where they are.
   void increment_versions() const;
 
  private:
@@ -76,10 +76,12 @@ class Watch {
   void watch(py::handle tensor);
   bool groups_hold() const;
   bool state_holds();
+  py::object asked_grad(const Item& item) const;
   bool is_expected(const Item& item, TorchTensor grad) const;
   bool take_grad(size_t i, Operand& operand);
   bool item_holds(Item& item);
 
+  const py::object tensor_type_ = py::module_::import("torch").attr("Tensor");
   py::list groups_;
   py::dict state_;
   uint64_t state_tag_ = 0;

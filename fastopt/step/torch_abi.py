@@ -3,8 +3,9 @@
 Torch's own interfaces tell where a tensor is, but a step of many small tensors would spend nearly
 all of its time in them. So the offsets are found once per process, by looking for what is known of
 a few tensors in the bytes of these. A field counts only if there is one place for it that is right
-for all of them, and for others that were not searched; where any has none, torch is asked at every
-step, in Python.
+for all of them, and for others that were not searched. Where gradients or versions have none, of
+which no stable interface tells, torch is asked for them at every step; where any other field has
+none, every step is planned anew, in Python.
 
 Torch's objects differ in size between its versions, and torch does not tell the size. But each
 object is an allocation of its own, and the allocator tells how many bytes of that may be read: at
@@ -58,6 +59,8 @@ class Fields(NamedTuple):
         number: in the counter of versions: the version, 32 bits.
         undefined: the address of the TensorImpl that stands for no gradient.
         plain_keys: the dispatch keys of an ordinary tensor on the CPU.
+
+    Those in `OPTIONAL` are 0 where they are not known.
     """
 
     impl: int
@@ -101,9 +104,7 @@ def find() -> tuple[Fields, Functions] | None:
         addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found]
         # Whatever the mode is that the process is in now.
         with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
-            fields = _search(_probes())
-            _verify(fields, _others())
-            return fields, Functions(*addresses)
+            return _verify(_search(_probes()), _others()), Functions(*addresses)
     except Exception:  # whatever another version may raise
         return None
 
@@ -116,18 +117,23 @@ def _search(tensors: Sequence[Tensor]) -> Fields:
             common[names] = common.get(names, values) & values
     found: dict[str, int] = {}
     for names, values in common.items():
-        if len(values) != 1:
-            raise NotFoundError(names)
-        found.update(zip(names, *values, strict=True))
+        found.update(_unknown(names) if len(values) != 1 else zip(names, *values, strict=True))
     return Fields(**found)
 
 
-def _verify(fields: Fields, tensors: Sequence[Tensor]) -> None:
-    """Raises where a field is not right for each of the tensors."""
+def _verify(fields: Fields, tensors: Sequence[Tensor]) -> Fields:
+    """Those fields that are right for each of the tensors."""
     for tensor in tensors:
         for names, values in _values(tensor).items():
             if tuple(getattr(fields, name) for name in names) not in values:
-                raise NotFoundError(names)
+                fields = fields._replace(**_unknown(names))
+    return fields
+
+
+def _unknown(names: tuple[str, ...]) -> dict[str, int]:
+    if names not in OPTIONAL:
+        raise NotFoundError(names)
+    return dict.fromkeys(names, 0)
 
 
 def _probes() -> list[Tensor]:
@@ -181,6 +187,7 @@ def _values(tensor: Tensor) -> dict[tuple[str, ...], Choices]:
         "storage_offset": _where(memory, "Q", int(tensor.storage_offset())),
         "dtype": _where(memory, "Hbb", SCALAR_TYPES[tensor.dtype], 0, -1),  # 0, -1: the CPU
         "keys": _where(memory, "Q", keys),
+        "undefined": {_undefined()},
     }
     if not found["storage"]:
         raise NotFoundError("storage")
@@ -190,16 +197,15 @@ def _values(tensor: Tensor) -> dict[tuple[str, ...], Choices]:
     found["nbytes"] = _where(storage_memory, "Q", storage.nbytes())
     if not tensor.is_neg():
         found["plain_keys"] = {keys}
-    autograd, word = _autograd(tensor, memory)
-    if tensor.grad is None:
-        found["undefined"] = {word}
-    elif tensor.grad._cdata != word:
-        raise NotFoundError("grad")
-    return {
-        **{(name,): {(value,) for value in values} for name, values in found.items()},
-        ("autograd_meta", "grad"): autograd,
-        ("version", "number"): _version(tensor, impl),
+    choices: dict[tuple[str, ...], Choices] = {
+        (name,): {(value,) for value in values} for name, values in found.items()
     }
+    for names, look in OPTIONAL.items():
+        try:
+            choices[names] = look(tensor, impl, memory)
+        except (AttributeError, NotFoundError):  # torch has no such function, or it tells otherwise
+            choices[names] = set()
+    return choices
 
 
 def _sizes(tensor: Tensor, impl: int, memory: bytes) -> set[int]:
@@ -218,20 +224,30 @@ def _sizes(tensor: Tensor, impl: int, memory: bytes) -> set[int]:
     return {offset} if 0 < offset <= len(memory) - 2 * INLINE * WORD else set()
 
 
-def _autograd(tensor: Tensor, memory: bytes) -> tuple[Choices, int]:
-    """Offsets of what autograd knows, and of the gradient in that; and what stands there."""
+def _undefined() -> int:
+    tensor = ctypes.c_void_p()
+    if _function("libtorch_cpu.so", "aoti_torch_new_uninitialized_tensor")(ctypes.byref(tensor)):
+        raise NotFoundError("undefined")
+    address = _word(tensor.value or 0)
+    _function("libtorch_cpu.so", "aoti_torch_delete_tensor_object")(tensor)
+    return address
+
+
+def _autograd(tensor: Tensor, impl: int, memory: bytes) -> Choices:
+    """Offsets of what autograd knows, and of the gradient in that."""
     # TensorImpl::grad() const
     place = _function("libc10.so", "_ZNK3c1010TensorImpl4gradEv")(tensor._cdata)
+    if _word(place) != (_undefined() if tensor.grad is None else tensor.grad._cdata):
+        raise NotFoundError("grad")
     known = tensor.requires_grad or tensor._is_view()
-    offsets: Choices = {
+    return {
         (at, grad)
         for grad in range(WORD, 256, WORD)
         for at in _where(memory, "Q", place - grad if known else 0)
     }
-    return offsets, _word(place)
 
 
-def _version(tensor: Tensor, impl: int) -> Choices:
+def _version(tensor: Tensor, impl: int, memory: bytes) -> Choices:
     """Offsets of the address of the counter of versions, and of the number in that."""
 
     def place(tensor: Tensor) -> int:
@@ -248,6 +264,10 @@ def _version(tensor: Tensor, impl: int) -> Choices:
     offset = place(tensor) - tensor._cdata
     counter = _allocation(_word(place(tensor)))
     return {(offset, number) for number in _where(counter, "I", tensor._version)}
+
+
+#: What only functions tell of that torch does not promise.
+OPTIONAL = {("autograd_meta", "grad"): _autograd, ("version", "number"): _version}
 
 
 def _where(memory: bytes, code: str, *values: int) -> set[int]:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastopt
 from fastopt.rule import head
-from fastopt.step import torch_abi
+from fastopt.step import dispatch, torch_abi
 
 SHAPES = ((8, 8), (16,), (), (2, 1, 3, 2, 1, 2, 2))
 
@@ -41,14 +41,34 @@ def test_a_field_in_two_places_is_not_found():
 @pytest.mark.parametrize("error", [8, -8, 1 << 20])
 @pytest.mark.parametrize("name", torch_abi.Fields._fields)
 def test_a_wrong_field_is_noticed(monkeypatch, name: str, error: int):
-    search = torch_abi._search
+    search, right = torch_abi._search, torch_abi.find()
+    assert right is not None
 
     def wrong(tensors: list[Tensor]) -> torch_abi.Fields:
         found = search(tensors)
         return found._replace(**{name: getattr(found, name) + error})
 
     monkeypatch.setattr(torch_abi, "_search", wrong)
-    assert torch_abi.find() is None
+    asked = [names for names in torch_abi.OPTIONAL if name in names]
+    if not asked:
+        assert torch_abi.find() is None
+    for names in asked:  # torch is, in each step
+        assert torch_abi.find() == (right[0]._replace(**dict.fromkeys(names, 0)), right[1])
+
+
+@pytest.mark.parametrize("names", torch_abi.OPTIONAL, ids=str)
+def test_a_function_that_torch_lacks(monkeypatch, names: tuple[str, ...]):
+    function, right = torch_abi._function, torch_abi.find()
+    assert right is not None
+    lacks = {"grad": "TensorImpl4grad", "number": "version_counter"}[names[1]]
+
+    def present(library: str, name: str):
+        if lacks in name:
+            raise AttributeError(name)
+        return function(library, name)
+
+    monkeypatch.setattr(torch_abi, "_function", present)
+    assert torch_abi.find() == (right[0]._replace(**dict.fromkeys(names, 0)), right[1])
 
 
 def test_what_lies_behind_an_object_is_no_field(monkeypatch):
@@ -257,6 +277,33 @@ def test_plans_hold_with_fresh_gradients_of_any_rank():
         optimizer.step()
         optimizer.zero_grad()
         assert optimizer._plan is plan, number
+
+
+@pytest.mark.parametrize("names", [*torch_abi.OPTIONAL, sum(torch_abi.OPTIONAL, ())], ids=str)
+def test_a_plan_holds_where_torch_is_asked(names: tuple[str, ...]):
+    """Gradients are fresh, not everywhere, and let go; versions are counted."""
+    found, extension = torch_abi.find(), dispatch.extension()
+    assert found is not None
+    fields, functions = found
+    extension.use_torch_fields(fields._replace(**dict.fromkeys(names, 0)), *functions)
+    try:
+        ours, optimizer, others, reference = pair()
+        plan = optimizer._plan
+        for number in range(2, 6):
+            versions = [param._version for param in ours]
+            for params, of in ((ours, optimizer), (others, reference)):
+                step(params, of, number)
+                params[number % 2].grad = None
+                of.step()
+            assert optimizer._plan is plan
+            made = [2 - (k == number % 2) for k in range(len(ours))]
+            assert [p._version - v for p, v in zip(ours, versions, strict=True)] == made
+        assert all(map(torch.equal, ours, others))
+        gone = weakref.ref(ours[3].grad)
+        ours[3].grad = None
+        assert gone() is None
+    finally:
+        extension.use_torch_fields(fields, *functions)
 
 
 def test_gradients_replaced_between_looking_and_updating():
