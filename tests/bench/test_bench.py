@@ -297,8 +297,12 @@ def test_a_model_of_ones_own(capsys, tmp_path):
 
 def test_ctrl_c_keeps_the_finished_rows(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PEERS", [Interrupting])
+    # A job in the background ignores the signal, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     path = tmp_path / "results.json"
-    assert bench(*QUICK, "--peer", Interrupting.name, "--json", path) == run.INTERRUPTED
+    status = bench(*QUICK, "--peer", Interrupting.name, "--json", path)
+    signal.signal(signal.SIGINT, before)
+    assert status == run.INTERRUPTED
     told = capsys.readouterr().out
     assert "Interrupted" in told
     assert "AdamW" in told
