@@ -15,7 +15,8 @@ test: extension
 # What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
 RUNTIME = $(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
-SANITIZED := norm packing precision rules step
+SANITIZED := norm packing precision/test_precision.py rules/test_bits.py \
+	$(addprefix step/test_,guard_pages.py lifecycle.py odd_uses.py torch_abi.py)
 sanitize: $(READY)
 	CXXFLAGS="$(SANITIZER)" LDFLAGS="$(SANITIZER)" $(RUN) setup.py --quiet build \
 		--build-base build/sanitized --build-lib build/sanitized/lib

@@ -7,17 +7,14 @@
 namespace fastopt {
 namespace {
 
-// For each rule the names of its scalars, then of the states that it can have: those of the last one of
-// its structs in the table.
-template <size_t... R>
-py::dict rules(std::index_sequence<R...>) {
-  const auto names = [](auto rule) {
-    using Rule = decltype(rule);
-    const py::str list = py::str(Rule::scalars) + py::str(" ") + py::str(Rule::states);
-    return py::tuple(list.attr("replace")(",", "").attr("split")());
-  };
+// For each rule the names of its scalars, then of the states that it can have: those of its last entry in
+// the table.
+py::dict names_of_rules() {
   py::dict found;
-  ((found[std::tuple_element_t<R, Rules>::name] = names(std::tuple_element_t<R, Rules>())), ...);
+  for (const RuleNames& rule : rules()) {
+    const py::str list = py::str(rule.scalars) + py::str(" ") + py::str(rule.states);
+    found[rule.name] = py::tuple(list.attr("replace")(",", "").attr("split")());
+  }
   return found;
 }
 
@@ -76,7 +73,7 @@ Isa isa_named(const std::string& wanted) {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
-  m.def("rules", [] { return rules(std::make_index_sequence<kRules>()); });
+  m.def("rules", &names_of_rules);
   m.def("rule_index", &rule_index);
   m.def("head", [] { return std::vector<std::string>(std::begin(kHeadNames), std::end(kHeadNames)); });
   m.def("storages", [] {

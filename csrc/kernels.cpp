@@ -5,18 +5,17 @@
 namespace fastopt {
 namespace {
 
-template <class T, size_t... D, size_t... R>
-constexpr Kernels<T> table(Isa isa, std::index_sequence<D...>, std::index_sequence<R...>) {
+template <class T, size_t... D>
+constexpr Kernels<T> table(Isa isa, std::index_sequence<D...>) {
   return {{compiled_for<Load<T, static_cast<DType>(D), OneLane>,
                         Load<T, static_cast<DType>(D), EightLanes>>(isa)...},
           {compiled_for<Store<T, static_cast<DType>(D), OneLane>,
-                        Store<T, static_cast<DType>(D), EightLanes>>(isa)...},
-          {compiled_for<Update<std::tuple_element_t<R, Rules>, T>>(isa)...}};
+                        Store<T, static_cast<DType>(D), EightLanes>>(isa)...}};
 }
 
 template <class T>
 constexpr Kernels<T> table(Isa isa) {
-  return table<T>(isa, std::make_index_sequence<kDTypes>(), std::make_index_sequence<kRules>());
+  return table<T>(isa, std::make_index_sequence<kDTypes>());
 }
 
 template <class T>

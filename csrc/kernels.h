@@ -2,14 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "dtypes.h"
 #include "isa.h"
 #include "norm.h"
 #include "packing.h"
-#include "rules/rules.h"
 
 namespace fastopt {
 
@@ -19,41 +18,28 @@ enum Head { kCoef, kClipValue, kUnclippedCoef, kMaxNorm, kSeed, kStep, kHead };
 inline constexpr const char* kHeadNames[kHead] = {"coef",     "clip_value", "unclipped_coef",
                                                   "max_norm", "seed",       "step"};
 
-template <class Rule, class T>
-struct Update {
-  using Scalars = typename Rule::template Scalars<T>;
-  static constexpr int n_scalars = sizeof(Scalars) / sizeof(T);  // 0 for an empty struct
+inline constexpr int kMaxStates = 3;
 
-  static FASTOPT_INLINE void run(T* p, const T* g, T* const* states, int64_t n,
-                                 const double* scalars) {
-    const T coef = static_cast<T>(scalars[kCoef]);
-    const T clip_value = static_cast<T>(scalars[kClipValue]);
-    T values[n_scalars + 1];
-    for (int i = 0; i < n_scalars; ++i) values[i] = static_cast<T>(scalars[kHead + i]);
-    Scalars c;
-    std::memcpy(static_cast<void*>(&c), values, n_scalars * sizeof(T));
-    T* state[kMaxStates];
-    for (int k = 0; k < Rule::n_states; ++k) state[k] = states[k];
-// `p` may be `g` (Assign), never shifted against it.
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      T grad = g[i] * coef;
-      grad = grad > clip_value ? clip_value : (grad < -clip_value ? -clip_value : grad);
-      T local[Rule::n_states + 1];
-      for (int k = 0; k < Rule::n_states; ++k) local[k] = state[k][i];
-      T param = p[i];
-      Rule::update(param, grad, local, c);
-      p[i] = param;
-      for (int k = 0; k < Rule::n_states; ++k) state[k][i] = local[k];
-    }
-  }
+// A rule with one of the sets of states that it can have; the names of these are separated by spaces,
+// those of its scalars by ", ".
+struct RuleNames {
+  const char *name, *scalars, *states;
 };
+
+// The table of rules, csrc/rules/rules.h, which nothing but update.cpp includes: a changed rule is
+// compiled alone.
+const std::vector<RuleNames>& rules();
+
+// Updates n elements by a rule; `row` has its scalars after the Head.
+template <class T>
+using UpdateKernel = void (*)(T* p, const T* g, T* const* states, int64_t n, const double* row);
+template <class T>
+UpdateKernel<T> update_kernel(int rule);
 
 template <class T>
 struct Kernels {
   void (*load[kDTypes])(const void* from, int64_t stride, int64_t n, T* to);
   void (*store[kDTypes])(const T* from, void* to, int64_t stride, int64_t n);
-  void (*update[kRules])(T* p, const T* g, T* const* states, int64_t n, const double* scalars);
 };
 
 struct PackingKernels {

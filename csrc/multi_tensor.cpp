@@ -105,6 +105,7 @@ void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Opera
 template <class T>
 void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double* row) {
   const Kernels<T>& k = kernels<T>();
+  const UpdateKernel<T> update = update_kernel<T>(param.rule);
   T buffers[2 + kMaxStates][kStaged];
   const uint32_t key =
       random_key(static_cast<uint64_t>(row[kSeed]), static_cast<uint64_t>(row[kStep]),
@@ -121,7 +122,7 @@ void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double
       any_staged |= staged[i];
     }
     if (!any_staged) n = chunk.n;  // nothing to convert: the whole chunk in one go
-    k.update[param.rule](blocks[0], blocks[1], blocks + 2, n, row);
+    update(blocks[0], blocks[1], blocks + 2, n, row);
     for (int i = 0; i < param.n_operands; ++i)
       if (staged[i] && i != Param::kGrad)
         stage_out(k, param.layout, i, param.operands[i], chunk.begin + done, n, blocks[i],

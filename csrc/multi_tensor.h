@@ -32,7 +32,7 @@ struct Param {
   int n_operands = 0;
   Layout layout;
   Layout grad_layout;  // the gradient in its own memory order: the order of the norm
-  int rule = 0;        // index into Rules
+  int rule = 0;        // index into rules()
   int number = 0;      // among the optimizer's parameters, for random numbers
   bool in_double = false;
   int64_t extent = 0;  // bytes from the parameter's first element to the end of its last

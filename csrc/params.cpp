@@ -3,19 +3,6 @@
 #include <pybind11/stl.h>
 
 namespace fastopt {
-namespace {
-
-template <size_t... R>
-int find_rule(const std::string& name, const std::string& states, std::index_sequence<R...>) {
-  int found = -1;
-  ((name == std::tuple_element_t<R, Rules>::name && states == std::tuple_element_t<R, Rules>::states
-        ? void(found = static_cast<int>(R))
-        : void()),
-   ...);
-  return found;
-}
-
-}  // namespace
 
 Description::Description(const py::tuple& description)
     : shape(description[2].cast<Sizes>()), strides(description[3].cast<Sizes>()) {
@@ -41,9 +28,9 @@ Description::Description(py::handle object, const py::tuple& types) {
 }
 
 int rule_index(const std::string& name, const std::string& states) {
-  const int index = find_rule(name, states, std::make_index_sequence<kRules>());
-  if (index < 0) throw py::value_error("no rule " + name + " with the states (" + states + ")");
-  return index;
+  for (size_t i = 0; i < rules().size(); ++i)
+    if (name == rules()[i].name && states == rules()[i].states) return static_cast<int>(i);
+  throw py::value_error("no rule " + name + " with the states (" + states + ")");
 }
 
 Param make_param(int rule, const std::vector<Description>& operands) {
@@ -63,9 +50,14 @@ Param make_param(int rule, const std::vector<Description>& operands) {
   return param;
 }
 
+bool is_tensor(py::handle object) {
+  static PyObject* const type =
+      py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  return PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type));
+}
+
 py::handle checked(py::handle object) {
-  const py::object type = py::module_::import("torch").attr("Tensor");
-  if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
+  if (!is_tensor(object))
     throw py::type_error("a tensor is wanted, not " + std::string(py::repr(object)));
   return object;
 }

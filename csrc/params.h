@@ -25,11 +25,13 @@ struct Description {
   Description(py::handle tensor, const py::tuple& types);
 };
 
-// The index into Rules of a rule with these states (names separated by spaces).
+// The index into rules() of a rule with these states (names separated by spaces).
 int rule_index(const std::string& name, const std::string& states);
 
 // operands: parameter, gradient, states.
 Param make_param(int rule, const std::vector<Description>& operands);
+
+bool is_tensor(py::handle object);
 
 // What is about to be read as a tensor; raises TypeError if it is none.
 py::handle checked(py::handle object);

@@ -123,7 +123,7 @@ std::pair<double, bool> Plan::step(const py::buffer& rows, bool measures, bool f
   }
   if (!skips) {
     watch_.count(threads);
-    // Only those have fresh states that made them for this very step.
+    // All of them had a gradient, for which their states were made.
     if (any_fresh_)
       for (Item& item : items_) item.fresh = false;
     any_fresh_ = false;

@@ -143,7 +143,7 @@ py::object Watch::asked_grad(const Item& item) const {
   static PyObject* const grad_key = PyUnicode_InternFromString("grad");
   auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_key));
   if (!grad) throw py::error_already_set();
-  return grad.is_none() || py::isinstance(grad, tensor_type_) ? grad : py::object();
+  return grad.is_none() || is_tensor(grad) ? grad : py::object();
 }
 
 // Holds the gradient and takes its address from what is held: autograd's threads may replace it at any

@@ -81,7 +81,6 @@ class Watch {
   bool take_grad(size_t i, Operand& operand);
   bool item_holds(Item& item);
 
-  const py::object tensor_type_ = py::module_::import("torch").attr("Tensor");
   py::list groups_;
   py::dict state_;
   uint64_t state_tag_ = 0;

@@ -40,7 +40,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled or not isinstance(optimizer, Optimizer):
             return super().step(optimizer, *args, **kwargs)
-        shared = optimizer._shared
+        shared = optimizer.shared
         shared.scaled = True
         try:
             return super().step(optimizer, *args, **kwargs)
@@ -61,7 +61,7 @@ class GradScaler(torch.amp.GradScaler):
         # Filled by the step; torch reads it now, when it is empty, and in `update`.
         findings: dict[Any, Any] = {}
         if grads:
-            optimizer._shared.findings = findings
+            optimizer.shared.findings = findings
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
         return findings
 

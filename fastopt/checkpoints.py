@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def _check(
     rule: Rule,
     own_groups: list[Group],
     names: Iterable[str],
-    foreign: Collection[str],
+    known: Iterable[str],
     groups: list[Group],
     states: Mapping[Any, Any],
 ) -> None:
@@ -79,6 +79,7 @@ def _check(
         for i, index in enumerate(group["params"])
         if index in states
     ]
+    foreign = (_keys(known) | _TORCHS) - _keys(rule.states)
     for _, state, where in found:
         _check_owner(rule, foreign, state, where)
     for g, group in enumerate(groups):
@@ -87,14 +88,13 @@ def _check(
         _check_state(rule, group, state, where)
 
 
-def _check_owner(rule: Rule, foreign: Collection[str], state: Any, where: Place) -> None:
+def _check_owner(rule: Rule, foreign: Container[str], state: Any, where: Place) -> None:
     if not isinstance(state, Mapping):
         raise TypeError(
             f"{where} has a state that is a {type(state).__name__}, not a dict: load what "
             "optimizer.state_dict() has returned"
         )
-    others = (_keys(foreign) | _TORCHS) - _keys(rule.states)
-    if found := next((key for key in state if key in others), None):
+    if found := next((key for key in state if key in foreign), None):
         raise ValueError(
             f"{where} has a state {found!r}, which is not one of {rule.name}'s: load a state "
             "dict of an optimizer of the same class"
@@ -157,7 +157,7 @@ def prepare(
     rule: Rule,
     own_groups: list[Group],
     names: Iterable[str],
-    foreign: Collection[str],
+    known: Iterable[str],
     state_dict: dict[str, Any],
 ) -> dict[str, Any]:
     """A state dict with its tensors wrapped, and its groups with what they lack from ours: a torch
@@ -165,7 +165,7 @@ def prepare(
 
     Args:
         names: the settings that a group must have.
-        foreign: the states that other rules have. All else in a state is the user's own.
+        known: the states of all rules. All else in a state, but torch's, is the user's own.
 
     Raises:
         TypeError, ValueError, RuntimeError: no optimizer like this one can have saved it.
@@ -181,7 +181,7 @@ def prepare(
             {**own, "params": None, **saved, **{key: own[key] for key in _KEPT}}
             for own, saved in zip(own_groups, groups, strict=True)
         ]
-        _check(rule, own_groups, names, foreign, groups, state_dict["state"])
+        _check(rule, own_groups, names, known, groups, state_dict["state"])
     # Else torch raises.
     return {
         **state_dict,

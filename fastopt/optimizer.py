@@ -97,13 +97,13 @@ def _given(name: str) -> Any:
     """An attribute that a scaler gives the optimizer for the time of a step."""
 
     def get(self: Optimizer) -> Any:
-        value = getattr(self._shared, name)
+        value = getattr(self.shared, name)
         if value is None:
             raise AttributeError(f"there is no {name!r} outside of a scaled step")
         return value
 
     def give(self: Optimizer, value: Any) -> None:
-        setattr(self._shared, name, value)
+        setattr(self.shared, name, value)
 
     return property(get, give, lambda self: give(self, None))
 
@@ -216,7 +216,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """Sets what no state dict, copy or pickle has."""
-        self._shared = Shared(self)
+        self.shared = Shared(self)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         self._plan: Plan | None = None
         self._table: Table | None = None
@@ -225,16 +225,16 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of the gradients in the last step, before clipping: see `Optimizer`."""
-        return self._shared.grad_norm
+        return self.shared.grad_norm
 
     @grad_norm.setter
     def grad_norm(self, norm: Tensor | None) -> None:
-        self._shared.grad_norm = norm
+        self.shared.grad_norm = norm
 
     @property
     def _real(self) -> Optimizer:
         """The optimizer, where ``self`` may be a framework's wrapper of it."""
-        return self._shared.optimizer() or self
+        return self.shared.optimizer() or self
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -244,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
         ``max_norm`` or ``fused`` asks for it, or for gradients in fp16, which torch's scaler
         refuses to unscale.
         """
-        return self._shared.scaled or any(
+        return self.shared.scaled or any(
             group["max_norm"] is not None
             or bool(group["fused"])
             or any(param.dtype == torch.float16 for param in group["params"])
@@ -287,14 +287,14 @@ class Optimizer(torch.optim.Optimizer):
         groups, table = self.param_groups, self._table
         if table is None or not table.holds(groups):
             table = self._table = Table(self.rule, groups, table)
-        scaling = self._shared.scaling
+        scaling = self.shared.scaling
         on_device = table.on_device or scaling.on_device
         made_for = groups, self.state, table, self.backend, on_device
         if plan is None or not plan.holds(*made_for):
             for g, group in enumerate(groups):
                 settings.check_group(self.rule, group, g, self.defaults)
             plan = Plan(self.rule, *made_for, self._captured, undo)
-        self._shared.grad_norm = plan.run(scaling, undo)
+        self.shared.grad_norm = plan.run(scaling, undo)
         if plan.reusable:
             self._plan = plan
 
@@ -388,7 +388,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
             prepared = checkpoints.prepare(
-                self.rule, self.param_groups, self.defaults, _foreign(self.rule), state_dict
+                self.rule, self.param_groups, self.defaults, _known_states(), state_dict
             )
             saved.extend(state_dict["param_groups"])
             return prepared
@@ -453,7 +453,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
-        if "_shared" not in vars(self):
+        if "shared" not in vars(self):
             self._begin()
         self._plan = self._table = None
         for group in self.param_groups:
@@ -471,11 +471,10 @@ def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
         state_dict["state"][key] = precision.to_save(param, state)
 
 
-def _foreign(rule: Rule) -> set[str]:
-    """The states that other rules have. All else in a parameter's state is the user's own."""
-    others = _subclasses(Optimizer)
-    known = {state for cls in others if "rule" in vars(cls) for state in cls.rule.states}
-    return known - set(rule.states)
+def _known_states() -> set[str]:
+    """The names of the states of all rules."""
+    classes = (cls for cls in _subclasses(Optimizer) if "rule" in vars(cls))
+    return {name for cls in classes for name in cls.rule.states}
 
 
 def _subclasses(cls: type[Optimizer]) -> Iterator[type[Optimizer]]:

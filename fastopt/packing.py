@@ -296,9 +296,11 @@ class Stored:
 
     def pack_(self, x: Tensor, random: Random) -> None:
         """Stores numbers."""
-        # Blocks and random numbers go by the memory order of the first array.
-        x = torch.empty_like(self.a, dtype=x.dtype).copy_(x)
-        a, b = PACKINGS[self.packing].pack(x, random)
+        packing = PACKINGS[self.packing]
+        if packing.is_random:
+            # Blocks and random numbers go by the memory order of the first array.
+            x = torch.empty_like(self.a, dtype=x.dtype).copy_(x)
+        a, b = packing.pack(x, random)
         self.a.copy_(a)
         if self.b is not None and b is not None:
             self.b.copy_(b)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from fastopt.step import dispatch
@@ -155,6 +156,15 @@ def assert_near_torch(found, wanted):
 def assert_same_bits(found, wanted):
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where the host asks for a tensor's value, for which it would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"), name
+        return func(*args, **(kwargs or {}))
 
 
 class Interruption:

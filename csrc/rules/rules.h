@@ -16,6 +16,5 @@ using Rules = std::tuple<SGD<false>, SGD<true>, Lion, Adagrad, RMSprop<false, fa
                          RMSprop<false, true>, RMSprop<true, false>, RMSprop<true, true>,
                          Adam<false>, Adam<true>, Assign>;
 inline constexpr int kRules = std::tuple_size_v<Rules>;
-inline constexpr int kMaxStates = 3;
 
 }  // namespace fastopt

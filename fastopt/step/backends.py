@@ -197,7 +197,8 @@ class Triton(Reference):
                 )
             self.captured.append((self, kept))
         grads = native.grads(part)
-        odd = [self._odd_grad(params[i], array("q", grads)[i]) for i in self.tensors.odd]
+        addresses = array("q", grads)
+        odd = [self._odd_grad(params[i], addresses[i]) for i in self.tensors.odd]
         self.tensors.begin(native.pattern(), grads, odd, words, n_rows, row_of)
         self.kept = kept
 

@@ -170,7 +170,7 @@ class Watched(NamedTuple):
         operands: descriptions of parameter, gradient and states.
         states: the tensors of the parameter's state that a step writes, except ``step``.
         fresh: there is no step to count, and the states are made in this step.
-        part: 0: updated by the C++ kernels; else by this one of `Plan.devices`, counted from 1.
+        part: 0: updated by the C++ kernels; else on this one of the plan's devices, counted from 1.
         repeat: how often it stands earlier in the groups.
         scalars_here: the plan counts the step and computes the scalars, not the device.
     """

@@ -161,7 +161,7 @@ class Plan:
             device.begin(part + 1, self._native, params, table, rows)
 
         # Where C++ alone updates, it takes the norm and decides by itself.
-        alone = not (self._devices or self._reference)
+        alone = self._native is not None and not (self._devices or self._reference)
         measures = table.clips or finds
         norm: Any = None
         squares: float | None = None
@@ -240,7 +240,8 @@ class Plan:
                 device.kernels.total(of_device)
                 for device, of_device in zip(self._devices, partials, strict=True)
             ]
-            totals.append(torch.full((), of_host, dtype=torch.float64, device="cpu"))
+            if self._on_host:
+                totals.append(torch.full((), of_host, dtype=torch.float64, device="cpu"))
             partials = [
                 torch.stack([moved(total, device.device) for total in totals])
                 for device in self._devices

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import (
+    NoReads,
     assert_same_bits,
     each_case,
     interpreted,
@@ -21,7 +22,6 @@ from helpers import (
     unchanged,
 )
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from twins import results
 
 import fastopt
@@ -59,15 +59,6 @@ def test_groups_of_several_backends(monkeypatch, capturable, order):
     found = updated("auto")
     # The sums of the backends are added in another order than all chunks.
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
-
-
-class NoReads(TorchDispatchMode):
-    """Raises where the host asks for a tensor's value, for which it would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"), name
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -1,13 +1,15 @@
-"""What is Lion's own, and what becomes of a rule that a build lacks."""
+"""What is Lion's own, and what becomes of rules that a build lacks, and of no build."""
 
 import math
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 from helpers import BACKENDS, each_backend, interpreted, masked_out, new_params, take_steps
 
 import fastopt
+from fastopt.rule import Rule
 from fastopt.step import checks, dispatch
 
 EVERYWHERE = [*BACKENDS, pytest.param("triton", marks=[interpreted, *masked_out])]
@@ -78,3 +80,50 @@ def test_a_rule_of_another_version(without_lion, monkeypatch):
     monkeypatch.setattr(type(extension), "rules", lambda self: other)
     with pytest.raises(RuntimeError, match="the compiled extension has another rule 'adam'"):
         fastopt.AdamW(new_params([(5,)]), backend="cpp")
+
+
+class SignsScalars(NamedTuple):
+    lr: float
+    pull: float
+
+
+class Signs(fastopt.Optimizer):
+    """A user's own rule, which no build has, with a hyperparameter that no other rule has."""
+
+    rule = Rule(
+        "signs",
+        lambda p, g, c: (p - c.lr * g.sign() - c.pull * p, {}),
+        lambda step, lr, pull: SignsScalars(lr, pull),
+        SignsScalars,
+        hyperparameters=("lr", "pull"),
+        states=(),
+        counts_steps=False,
+    )
+
+    def __init__(self, params, lr=0.25, pull=0.5, **common):
+        super().__init__(params, {"lr": lr, "pull": pull}, **common)
+
+
+@pytest.mark.filterwarnings("ignore:fastopt steps:UserWarning")
+def test_a_rule_of_the_users_own():
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.tensor([3.0, -3.0])
+    optimizer = Signs([param])
+    optimizer.step()
+    assert param.tolist() == [0.25, 0.75]
+    with pytest.raises(ValueError, match="pull of param group 0 must be a finite number"):
+        Signs([param], pull=-1)
+    with pytest.raises(RuntimeError, match="the compiled extension has no rule 'signs'"):
+        Signs([param], backend="cpp")
+    optimizer.param_groups[0]["pull"] = math.nan
+    with pytest.raises(ValueError, match="pull"):
+        optimizer.step()
+    assert param.tolist() == [0.25, 0.75]
+
+
+def test_nothing_to_do_without_the_extension(monkeypatch):
+    """The norm of no gradients is 0, whoever takes it."""
+    monkeypatch.setattr(dispatch, "_load", lambda: (None, "there is none"))
+    optimizer = fastopt.SGD([torch.nn.Parameter(torch.ones(2))], max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0

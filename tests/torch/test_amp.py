@@ -14,6 +14,7 @@ from helpers import (
     FP16,
     FP32,
     FP64,
+    NoReads,
     assert_same_bits,
     each_optimizer,
     entries,
@@ -25,7 +26,6 @@ from helpers import (
     unchanged,
 )
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from fastopt.step import dispatch, table
@@ -408,15 +408,6 @@ def test_our_scaler_always_leaves_it_to_the_step(monkeypatch, settings, how):
     train(fastopt.GradScaler, [optimizer])
     assert supports == [True] * len(FAULTS)
     assert optimizer._step_supports_amp_scaling == (settings in ASKS)
-
-
-class NoReads(TorchDispatchMode):
-    """Raises where the host asks for a tensor's value, for which it would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"), name
-        return func(*args, **(kwargs or {}))
 
 
 @interpreted
