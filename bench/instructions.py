@@ -11,7 +11,8 @@ up unseen. There are two tables:
   what a step costs once (the rest). Kept gradients are the same objects in every step. Fresh ones
   are at other addresses, and no Python objects exist for them. ``malloc`` counts the calls of
   malloc, calloc, realloc and posix_memalign, whose own instructions are left out; ``objects`` those
-  of CPython's allocator, without what its free lists serve.
+  of CPython's allocator, without what its free lists serve; ``python`` the Python functions that
+  are called, and ``crossings`` the calls into the extension.
 - ``kernels``: instructions per element of the CPU kernels, for every set of states, precision mode,
   operation and instruction set, within the compiled extension (the slope between two sizes of one
   tensor: what a step costs once cancels).
@@ -31,12 +32,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import median_low
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +81,9 @@ ALLOCATOR = (
 )
 INSTRUCTIONS = "instructions"
 OURS = "/fastopt/_C."  # the library: the kernels' instructions are counted in it alone
-COUNTED = (INSTRUCTIONS, *CALLS)
+#: What Python's profiler counts, in a step of its own.
+PROFILED = ("python", "crossings")
+COUNTED = (INSTRUCTIONS, *CALLS, *PROFILED)
 HOST, KERNELS = "host", "kernels"
 REFERENCE = "reference"  # of the host path
 COLUMNS = {
@@ -102,15 +106,19 @@ class Tolerance(NamedTuple):
 #: The kernels' figures repeat to 0.01, to which they are rounded. Those of the host depend on where
 #: things are in memory: they differ by 1% from run to run, and a line or two of some processes by
 #: 7%, for which there is a second process.
-TOLERANCES = {column: Tolerance(0.005, 0.02) for column in ISAS} | {
-    "instructions/tensor": Tolerance(0.03, 0),
-    # Where things are in memory moves a step by up to 6,000, however short it is.
-    "instructions/step": Tolerance(0.05, 8000),
-    "malloc/tensor": Tolerance(0, 0.05),
-    "malloc/step": Tolerance(0, 2),
-    "objects/tensor": Tolerance(0, 0.05),
-    "objects/step": Tolerance(0, 5),
-}
+TOLERANCES = (
+    {column: Tolerance(0.005, 0.02) for column in ISAS}
+    | {
+        "instructions/tensor": Tolerance(0.03, 0),
+        # Where things are in memory moves a step by up to 6,000, however short it is.
+        "instructions/step": Tolerance(0.05, 8000),
+        "malloc/tensor": Tolerance(0, 0.05),
+        "malloc/step": Tolerance(0, 2),
+        "objects/tensor": Tolerance(0, 0.05),
+        "objects/step": Tolerance(0, 5),
+    }
+    | {f"{what}/{per}": Tolerance(0, 0) for what in PROFILED for per in ("tensor", "step")}
+)
 
 
 @dataclass(frozen=True)
@@ -271,6 +279,8 @@ class Label(NamedTuple):
     line: str
     column: str  # of the kernels; "" for the host path
     size: int  # tensors or elements
+    python: int = 0  # calls: see `PROFILED`
+    crossings: int = 0
 
 
 def measured(which: str) -> list[Table]:
@@ -364,6 +374,7 @@ def part(path: Path) -> tuple[Label, dict[str, int]] | None:
     return label, {
         INSTRUCTIONS: instructions,
         **{what: sum(calls[name] for name in names) for what, names in CALLS.items()},
+        **{what: getattr(label, what) for what in PROFILED},
     }
 
 
@@ -442,11 +453,30 @@ def count_host(counting: Counting, cases: list[tuple[Rule, Case]]) -> None:
             for number in range(WARMUP + STEPS):
                 if fresh:
                     workload.renew_gradients(params)
+                if number == 1:  # the first one makes a plan
+                    label = label._replace(**profile(contender.run))
                 if number >= WARMUP:
                     counting.begin()
                 contender.run()
                 if number >= WARMUP:
                     counting.end(label)
+
+
+def profile(step: Callable[[], object]) -> dict[str, int]:
+    """How many calls of each kind of `PROFILED` a step makes."""
+    counted = dict.fromkeys(PROFILED, 0)
+    extension = f"{fastopt.__name__}._C"
+
+    def count(frame: FrameType, event: str, function: Any) -> None:
+        counted["python"] += event == "call"
+        counted["crossings"] += event == "c_call" and function.__module__ == extension
+
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return counted
 
 
 def kernel_cases(which: str) -> Iterator[tuple[str, Rule, Mode]]:

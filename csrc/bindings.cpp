@@ -75,7 +75,11 @@ PYBIND11_MODULE(_C, m) {
   using namespace fastopt;
   m.def("rules", &names_of_rules);
   m.def("rule_index", &rule_index);
-  m.def("head", [] { return std::vector<std::string>(std::begin(kHeadNames), std::end(kHeadNames)); });
+  const auto listed = [](const auto& names) {
+    return [&names] { return std::vector<std::string>(std::begin(names), std::end(names)); };
+  };
+  m.def("head", listed(kHeadNames));
+  m.def("torch_fields", listed(kFieldNames));
   m.def("storages", [] {
     std::vector<std::string> names;
     for (const Storage& storage : kStorages) names.emplace_back(storage.name);
@@ -90,7 +94,13 @@ PYBIND11_MODULE(_C, m) {
                  reinterpret_cast<decltype(functions.destroy)>(destroy)};
     fields_known = true;
   });
-  m.def("knows_torch_fields", [] { return fields_known; });
+  m.def("unknown_torch_fields", [] {
+    std::vector<std::string> unknown;
+    if (!fields_known) unknown.emplace_back("tensors");
+    if (fields_known && !grads_known()) unknown.emplace_back("gradients");
+    if (fields_known && !versions_known()) unknown.emplace_back("versions");
+    return unknown;
+  });
   // Of n bf16 numbers.
   m.def("checksums", [](uintptr_t from, int64_t n, uintptr_t to, int threads) {
     py::gil_scoped_release release;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 
@@ -19,6 +20,12 @@ struct TensorFields {
   uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data,
       nbytes, grad, number, undefined, plain_keys;
 };
+
+// Compared with its names on loading.
+inline constexpr const char* kFieldNames[] = {
+    "impl", "storage", "autograd_meta", "version", "dim", "sizes", "storage_offset", "dtype", "keys",
+    "data", "nbytes", "grad", "number", "undefined", "plain_keys"};
+static_assert(sizeof(TensorFields) == std::size(kFieldNames) * sizeof(uint64_t));
 
 inline TensorFields fields;
 inline bool fields_known = false;

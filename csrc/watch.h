@@ -44,7 +44,7 @@ class Watch {
 
   const std::vector<Item>& items() const { return items_; }
 
-  // Takes and holds the gradients that are there now. Returns false if what was found is stale, or if
+  // Takes the gradients that are there now and keeps them alive. Returns false if what was found is stale, or if
   // `fields` are not known. Only gradient addresses, and which gradients are None, may change.
   bool holds(std::vector<Param>& params, int threads);
 

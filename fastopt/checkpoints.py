@@ -15,8 +15,7 @@ from .step import checks
 from .step.params import Place
 
 # Part of what an optimizer is, not of what it has learnt.
-_FORMS = ("master_weights", "state_dtype")
-_KEPT = (*_FORMS, "max_norm", "clip_value")
+_KEPT = (*precision.SETTINGS, "max_norm", "clip_value")
 
 #: The states of torch's other optimizers.
 _TORCHS = {
@@ -36,7 +35,7 @@ def check_form(state_dict: Any) -> None:
     """Raises where something is not made as state dicts are.
 
     Raises:
-        TypeError: so it is.
+        TypeError: it is not a state dict.
     """
     if not isinstance(state_dict, Mapping):
         found = f"this is a {type(state_dict).__name__}"
@@ -174,7 +173,6 @@ def prepare(
     def wrapped(value: Any) -> Any:
         return _Saved(value) if isinstance(value, Tensor) else value
 
-    check_form(state_dict)
     groups = list(state_dict["param_groups"])
     if [len(saved["params"]) for saved in groups] == [len(own["params"]) for own in own_groups]:
         groups = [
@@ -206,7 +204,7 @@ def restore(rule: Rule, param_groups: list[Group], states: Mapping[Any, Any]) ->
                 continue
             tensor = value.tensor
             if tensor.dtype != precision.MASTER_DTYPES.get(name, tensor.dtype):
-                del state[name]  # torch has cast it, which leaves no sense in it
+                del state[name]  # torch has cast it, which destroys it
                 continue
             if group is None or tensor.is_meta:  # not a parameter's, or of no use to it
                 state[name] = tensor
@@ -215,7 +213,7 @@ def restore(rule: Rule, param_groups: list[Group], states: Mapping[Any, Any]) ->
                 device = param.device if on_device else torch.device("cpu")
                 state[name] = tensor.reshape(()).to(device, torch.float32, copy=True)
             else:
-                in_bf16 = group["state_dtype"] == torch.bfloat16 == tensor.dtype
+                in_bf16 = precision.state_dtype(group) == torch.bfloat16 == tensor.dtype
                 plain = name in names and not in_bf16
                 dtype = arithmetic_dtype(param) if plain else tensor.dtype
                 state[name] = tensor.to(param.device, dtype, copy=True)
@@ -257,9 +255,12 @@ def convert(
                 state.pop(key, None)
             precision.check(param, state, rule, forms, where)
             made = precision.convert(rule, param, state, forms)
-            if made.lost and "state_dtype" in saved and not lossy:
+            lost = made.lost
+            if saved.get("master_weights") in (None, "stochastic"):  # it was about to go anyway
+                lost = [what for what in lost if what != precision.MASTER]
+            if lost and "state_dtype" in saved and not lossy:
                 raise ValueError(
-                    f"{where} would lose precision of its {' and '.join(made.lost)}, saved with "
+                    f"{where} would lose precision of its {' and '.join(lost)}, saved with "
                     f"master_weights={saved['master_weights']!r} and "
                     f"state_dtype={str(saved['state_dtype'])!r}: use these settings, with a "
                     "model of the dtype and layout that it had, or pass lossy=True"
@@ -274,7 +275,7 @@ def convert(
 def for_torch(rule: Rule, groups: list[Group], state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with every state as plain numbers, and without master weights."""
     for group in state_dict["param_groups"]:
-        for key in _FORMS:  # they do not hold any more, should it come back
+        for key in precision.SETTINGS:  # they do not hold any more, should it come back
             del group[key]
     params = [(param, group) for group in groups for param in group["params"]]
     for index, (param, group) in enumerate(params):

@@ -18,7 +18,7 @@ LANES = CHUNK // 8
 
 
 def power_sum(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """The sum of ``abs(x)**order`` over all elements, in a fixed order; their maximum for inf.
+    """The sum of ``abs(x)**order`` over all elements, in a fixed order; for inf their maximum.
 
     Each tensor, in its own memory order, is cut into chunks of 8192 elements. :func:`_reduce` makes
     one number of each chunk, and then one of the numbers of all tensors' chunks.

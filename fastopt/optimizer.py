@@ -124,10 +124,10 @@ class Optimizer(torch.optim.Optimizer):
             leaves it to the step to unscale gradients and to skip overflows, under a
             `torch.amp.GradScaler` as under ours; frameworks then do not clip themselves.
         capturable (default False): let the GPU count the steps and compute the scalars, so that a
-            step can be part of a CUDA graph, which repeats settings that are numbers, or tensors on
-            the CPU: one that changes must be a tensor on the GPU, changed in place. Load state
-            dicts before the capture. States then have a ``step`` on the GPU, in any rule. Does
-            nothing for parameters on the CPU.
+            step can be part of a CUDA graph. A graph replays settings as they were at the capture,
+            except tensors on the GPU: a setting that changes must be one, changed in place. Load
+            state dicts before the capture. States then have a ``step`` on the GPU, in any rule.
+            Does nothing for parameters on the CPU.
         differentiable (default False): must be False.
         max_norm (default None): clip the gradients by their global 2-norm over all parameters of
             the optimizer, as `torch.nn.utils.clip_grad_norm_` before the step would, but without
@@ -146,9 +146,9 @@ class Optimizer(torch.optim.Optimizer):
         state_dtype (default torch.float32): how the states are kept: `torch.float32` (fp64 for fp64
             parameters); `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
             ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, for numbers
-            down to a thousandth of the largest of these. Not for Adagrad, and neither of both for a
-            centered RMSprop. What is there in another form is converted by the next step. Also as a
-            word: ``"float32"``, ``"bfloat16"``.
+            down to a thousandth of the largest of these. Not for Adagrad; a centered RMSprop takes
+            fp32 only. What is there in another form is converted by the next step. Also as a word:
+            ``"float32"``, ``"bfloat16"``.
         seed (default 0): of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on
             it, on the step, on the parameter's place in the optimizer and on nothing else.
         backend (default 'auto'): ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
@@ -158,8 +158,8 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         grad_norm: the norm of the gradients in the last step, before clipping: 0-dim, fp32 (fp64
             for fp64 parameters), on the first parameter's device; 0 where no parameter had a
-            gradient; None where no group has a ``max_norm``. A CUDA graph's replay writes to the
-            tensor that this was when the step was captured.
+            gradient; None where no group has a ``max_norm``. A replay of a CUDA graph writes to
+            the tensor that this was at the capture.
 
     Raises:
         ValueError: a setting is out of range or not finite, or not for this rule, or there is no
@@ -215,11 +215,12 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, settings | common)
 
     def _begin(self) -> None:
-        """Sets what no state dict, copy or pickle has."""
+        """Sets what state dicts, copies and pickles leave out."""
         self.shared = Shared(self)
         self._captured: list[Any] = []  # what CUDA graphs use at their replays
         self._plan: Plan | None = None
         self._table: Table | None = None
+        self._undo: Undo = []
         self._lock = _new_lock()
 
     @property
@@ -273,26 +274,28 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._lock:
-            undo: Undo = []
+            self._take_back()
             try:
-                self._step(undo)
+                self._step(self._undo)
             except BaseException:
-                take_back(undo)
+                self._take_back()
                 raise
         return loss
+
+    def _take_back(self) -> None:
+        """Undoes a step that raised. A second interrupt may leave that to the next call."""
+        take_back(self._undo)
 
     def _step(self, undo: Undo) -> None:
         # Gone until the step is made: a plan that raised may be stale.
         plan, self._plan = self._plan, None
         groups, table = self.param_groups, self._table
         if table is None or not table.holds(groups):
-            table = self._table = Table(self.rule, groups, table)
+            table = self._table = Table(self.rule, groups, self.defaults, table)
         scaling = self.shared.scaling
         on_device = table.on_device or scaling.on_device
         made_for = groups, self.state, table, self.backend, on_device
         if plan is None or not plan.holds(*made_for):
-            for g, group in enumerate(groups):
-                settings.check_group(self.rule, group, g, self.defaults)
             plan = Plan(self.rule, *made_for, self._captured, undo)
         self.shared.grad_norm = plan.run(scaling, undo)
         if plan.reusable:
@@ -302,7 +305,7 @@ class Optimizer(torch.optim.Optimizer):
     def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
         """What torch wraps `step` in, for hooks and profilers; free where a step begins without.
 
-        Python cannot tell of an `ExecutionTraceObserver` without a profiler: it misses the step.
+        An `ExecutionTraceObserver` without a profiler misses the step: Python cannot see it.
         """
         hooked = torch.optim.Optimizer.profile_hook_step(step)
 
@@ -398,6 +401,7 @@ class Optimizer(torch.optim.Optimizer):
             handle = self.register_load_state_dict_pre_hook(prepare)
             before = self.state, self.param_groups, self._plan
             try:
+                self._take_back()
                 super().load_state_dict(state_dict)
                 checkpoints.convert(self.rule, self.param_groups, self.state, saved, lossy)
             except BaseException:
@@ -442,6 +446,7 @@ class Optimizer(torch.optim.Optimizer):
             # Registered only now, to run before the user's hooks.
             handle = self.register_state_dict_post_hook(_without_private, prepend=True)
             try:
+                self._take_back()
                 return super().state_dict()
             finally:
                 handle.remove()

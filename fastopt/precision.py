@@ -27,6 +27,11 @@ STATE_DTYPES: dict[StateDtype, torch.dtype | Literal["8bit"]] = {
     "torch.bfloat16": torch.bfloat16,
 }
 
+MASTER = "master weights"  # in `Made.lost`
+
+#: Those of a group that say how its numbers are kept.
+SETTINGS = ("master_weights", "state_dtype")
+
 State = dict[str, Any]
 
 
@@ -232,7 +237,7 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
 
 
 def to_save(param: object, state: Any) -> Any:
-    """A parameter's state as it is saved: with the remainder that counts, without its checksums."""
+    """A parameter's state as it is saved: without checksums, 0 for remainders that do not hold."""
     if not isinstance(state, dict) or "param_remainder" not in state:
         return state
     remainder = state["param_remainder"]
@@ -274,7 +279,7 @@ def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
     for form in forms:
         if not form.numbers:
             if _loses_master(form, param, state):
-                made.lost.append("master weights")
+                made.lost.append(MASTER)
             continue
         source = _source(rule, form, param, state, forms, made.obsolete)
         if source is not None:
@@ -303,7 +308,7 @@ def superseded(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> li
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
     """Whether ``form`` cannot have the master that is in ``state``, whatever the parameter is now.
 
-    Of a parameter that no master belongs to any more, whether it is not what the master was.
+    If the parameter takes no master any more: whether its value differs from the saved master.
     """
     remainder, master = state.get("param_remainder"), state.get("master_param")
     if form.keys and (param.dtype == torch.bfloat16 or master is not None):

@@ -23,7 +23,7 @@ def prepare(
     """Casts a model in place to bf16 or fp16, except what must stay in fp32.
 
     As with `model.to(dtype)`, parameters stay the same objects, tied ones tied, and integer and
-    complex tensors as they are. Other than there, layers with running statistics (BatchNorm,
+    complex tensors as they are. Unlike with that, layers with running statistics (BatchNorm,
     SyncBatchNorm, InstanceNorm with ``track_running_stats``) are in fp32, their weights and biases
     too: running averages get stuck in 8 bits of precision, and torch's BatchNorm takes either all
     four in 16 bits or none. What goes through these layers is in 16 bits all the same.

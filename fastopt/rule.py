@@ -39,7 +39,8 @@ class Rule:
     """One update rule: pure arithmetic, and what its drivers have to know of it.
 
     Args:
-        name: that of its files in the three folders.
+        name: that of its files in the three folders. C++ and Triton know a rule by it, its scalars
+            and its states: another arithmetic needs another name.
         update: the rule itself, in plain torch operators: from a parameter, a gradient, the scalars
             and the states by name (those that the settings do not call for are left out) to the new
             parameter and states. Parameter and gradient have the type of the arithmetic.

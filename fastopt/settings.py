@@ -28,7 +28,7 @@ def check_group(
 
     Args:
         index: the group's, for the message.
-        names: the settings that it must have.
+        names: the settings that it must have, or those of them that have changed.
         may_wait: read tensors on a device too.
 
     Raises:
@@ -38,7 +38,16 @@ def check_group(
         NotImplementedError: ``differentiable`` is True.
         RuntimeError: ``foreach`` and ``fused`` are both True.
     """
-    check(rule, group, index, names, may_wait)
+    for name in names:
+        if name not in group:
+            raise ValueError(
+                f"param group {index} has no {name!r}: add parameters with add_param_group, which "
+                "gives a group what it lacks"
+            )
+        if name in _CHECKS:
+            _CHECKS[name](name, group[name], index, may_wait)
+        elif name in rule.hyperparameters:
+            rule.checks.get(name, number())(name, group[name], index, may_wait)
     if reason := rule.unfit(group, precision.state_dtype(group)):
         raise ValueError(
             f"state_dtype={group['state_dtype']!r} is not for {rule.name}: {reason}, which needs "
@@ -53,22 +62,6 @@ def check_group(
         )
     if group.get("foreach") and group.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-
-
-def check(
-    rule: Rule, group: Group, index: int, names: Iterable[str], may_wait: bool = False
-) -> None:
-    """The same of single settings."""
-    for name in names:
-        if name not in group:
-            raise ValueError(
-                f"param group {index} has no {name!r}: add parameters with add_param_group, which "
-                "gives a group what it lacks"
-            )
-        if name in _CHECKS:
-            _CHECKS[name](name, group[name], index, may_wait)
-        elif name in rule.hyperparameters:
-            rule.checks.get(name, number())(name, group[name], index, may_wait)
 
 
 def warn_of_typos(group: Group, names: Iterable[str], cls: str) -> None:

@@ -83,7 +83,7 @@ def update(
     n,
     RULE: tl.constexpr,
     N_SCALARS: tl.constexpr,
-    GAP: tl.constexpr,  # before which of the states one is missing that the rule can have
+    GAP: tl.constexpr,  # index of the optional state that is absent; None if there is none
     DTYPES: tl.constexpr,  # of parameter, gradient and states; of the first arrays of a packing
     PACKINGS: tl.constexpr,  # their packings
 ):

@@ -15,7 +15,7 @@ from ..packing import DTYPES, extent
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warns, the first time that it is called with a message."""
+    """Warns once for each message."""
     warnings.warn(message, stacklevel=2)
 
 
@@ -111,7 +111,7 @@ def misfit(param: Tensor, name: str, state: object, where: object) -> RuntimeErr
     found = f"does not fit it ({type(state).__name__})"
     if isinstance(state, Tensor):
         kind = f"{state.dtype} of shape {tuple(state.shape)} on {state.device}"
-        lost = state.layout == torch.strided and _lost(state)
+        lost = state.layout == torch.strided and not state.is_meta and _lost(state)
         found = lost or f"does not fit it ({kind})"
     return RuntimeError(
         f"{where} on {param.device} has a state {name!r} that {found}: "

@@ -14,6 +14,7 @@ from ..packing import STORAGES
 from ..rule import ASSIGN, HEAD, Rule
 from . import torch_abi
 from .checks import is_wrapper, warn_once
+from .torch_abi import Fields
 
 # Not when the first optimizer needs it: a process may be forked before, which the extension has to
 # see (csrc/multi_tensor.h).
@@ -49,7 +50,7 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     another = "the compiled extension is of another version of fastopt: reinstall fastopt"
     try:
-        if (tuple(_C.head()), tuple(_C.storages())) != (HEAD, STORAGES):
+        if [*_C.head(), *_C.storages(), *_C.torch_fields()] != [*HEAD, *STORAGES, *Fields._fields]:
             return None, another
         if found := torch_abi.find():
             fields, functions = found
@@ -107,8 +108,10 @@ def _backend(name: str) -> Backend:
     module, detail = _loaded(name)
     if module and name == "cpp":
         detail = f"CPU tensors; {module.isa()}, {torch.get_num_threads()} threads"
-        if not module.knows_torch_fields():
-            detail += "; slow on many tensors: this torch keeps its tensors in an unknown way"
+        if unknown := module.unknown_torch_fields():
+            slow = "slow" if unknown == ["tensors"] else "slower"
+            how = f"this torch keeps its {' and '.join(unknown)} in an unknown way"
+            detail += f"; {slow} on many tensors: {how}"
     return Backend(module is not None, detail)
 
 
@@ -165,7 +168,8 @@ def _lacks(backend: str, rule: Rule) -> str:
         return ""
     where = "the compiled extension" if backend == "cpp" else "fastopt.kernels"
     found = "no rule" if rule.name not in module.rules() else "another rule"
-    return f"{where} has {found} {rule.name!r}: reinstall fastopt, or use backend='reference'"
+    cure = "use backend='reference', or reinstall fastopt if the rule is one of its own"
+    return f"{where} has {found} {rule.name!r}: {cure}"
 
 
 def _loaded(backend: str) -> tuple[ModuleType | None, str]:

@@ -271,7 +271,8 @@ def make_states(
         if each.param in made:
             continue
         step_on = each.param.device if on_device and each.backend == "triton" else None
-        new = new_states(rule, each.place.group, each.param, each.state, each.forms, step_on)
+        with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this step
+            new = new_states(rule, each.place.group, each.param, each.state, each.forms, step_on)
         step = new.new.get("step", each.state.get("step"))
         if step is not None:
             if step.data_ptr() in counted:  # by several parameters, as one number

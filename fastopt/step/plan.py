@@ -50,8 +50,10 @@ class Plan:
         self._made_for = groups, states, backend, on_device
         self._table = table
         self._on_device = on_device
-        # All that may raise comes before the states are made: they would pass for old ones later.
+        # What may raise comes first: states made before an error would later look old.
         table.check()
+        if backend != "auto":  # it may have been changed since `Optimizer` checked it
+            dispatch.resolve(backend, rule)
         places = [
             Place(group, g, i)
             for g, group in enumerate(groups)
@@ -78,8 +80,8 @@ class Plan:
             self._native = extension.Plan(groups, states, items)
         self._wanted = self._native.wanted() if self._native else []
         self._threads = torch.get_num_threads() if self._on_host else 1
-        # A graph copies tables at its replays, until when they are not there; and C++ finds no
-        # gradient that a subclass keeps elsewhere.
+        # A graph copies its tables only when it is replayed. And C++ finds no gradient that a
+        # subclass keeps elsewhere.
         self.reusable = not (
             self._native is None
             or self._reference
@@ -145,7 +147,7 @@ class Plan:
         """Makes the step.
 
         Args:
-            undo: empty after the last change, and only then.
+            undo: emptied once the step is made.
 
         Returns:
             the norm of the gradients; None if no group has a ``max_norm``.

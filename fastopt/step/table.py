@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat, starmap
@@ -15,14 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
+from .. import precision, settings
 from ..norm import clip_coef
 from ..rule import HEAD, MAX_NORM, UNCLIPPED_COEF, Group, Rule, head
 from .devices import is_on_device, moved
-
-#: What a step depends on beside the rule's hyperparameters.
-_SHARED = ("maximize", "clip_value", "max_norm", "seed", "capturable")
-_FORMS = ("master_weights", "state_dtype")
 
 _MISSING: Any = object()
 
@@ -51,7 +47,10 @@ class Scaling:
 
     @cached_property
     def inv_scale(self) -> float:
-        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        if self.grad_scale is None:
+            return 1.0
+        scale = float(self.grad_scale)
+        return 1.0 / scale if scale else math.inf  # torch's scaler halves it until it is 0
 
     @cached_property
     def skips(self) -> bool:
@@ -75,6 +74,7 @@ class Table:
     Groups of equal settings share their rows. Good for later steps until a setting changes.
 
     Args:
+        names: the settings that a group must have.
         last: the table of the step before, whose settings need no second check.
 
     Attributes:
@@ -84,29 +84,36 @@ class Table:
             to count the steps.
 
     Raises:
-        ValueError, TypeError: a setting is not one of those that there can be.
+        As `settings.check_group`.
     """
 
-    def __init__(self, rule: Rule, groups: list[Group], last: Table | None = None) -> None:
+    def __init__(
+        self, rule: Rule, groups: list[Group], names: Iterable[str], last: Table | None = None
+    ) -> None:
         self.rule = rule
         self._packed = struct.Struct(f"{len(HEAD) + len(rule.scalar_names)}d").pack
-        names = dict.fromkeys((*rule.hyperparameters, *_SHARED, *_FORMS, *rule.optional.values()))
+        names = [*names]
         self._get = itemgetter(*names)
         by_group = [tuple(map(group.get, names, repeat(_MISSING))) for group in groups]
         first: dict[Any, int] = {}
         self._like = [first.setdefault(_key(values), g) for g, values in enumerate(by_group)]
         # Settings that are what they were need no second look, if they cannot change in place.
-        checked = last._by_group if last and last._constant else []
-        self._constant: bool = True
+        checked = last._by_group if last else []
         self._groups: dict[int, Group] = {}
+        self._mutable: dict[int, list[str]] = {}  # of each of `_groups`
         for g in first.values():
-            old = checked[g] if g < len(checked) else repeat(_MISSING)
+            old: Iterable[Any] = repeat(_MISSING)
+            mutable: list[str] = []
+            if last and g < len(checked):
+                old, mutable = checked[g], last._mutable[last._like[g]]
             of_names = zip(names, by_group[g], old, strict=False)
             changed = [name for name, value, before in of_names if value is not before]
+            changed += mutable
             if changed:
-                settings.check(rule, groups[g], g, changed)
+                settings.check_group(rule, groups[g], g, changed)
             self._groups[g] = dict(zip(names, by_group[g], strict=True))
-            self._constant &= all(_is_constant(self._groups[g][name]) for name in changed)
+            self._mutable[g] = [n for n in changed if not _is_constant(self._groups[g][n])]
+        self._constant = not any(self._mutable.values())
         self._by_group: list[tuple[Any, ...]] = by_group
         self._values = list(chain.from_iterable(by_group))
         distinct = self._groups.values()
@@ -115,7 +122,7 @@ class Table:
             not self._constant and any(map(self._is_on_device, distinct))
         )
         forms = {
-            g: (rule.states_of(group), [group[key] for key in (*_FORMS, "seed")])
+            g: (rule.states_of(group), [group[key] for key in (*precision.SETTINGS, "seed")])
             for g, group in self._groups.items()
         }
         self.forms = [forms[g] for g in self._like]
@@ -132,7 +139,7 @@ class Table:
             return False
 
     def check(self) -> None:
-        """Raises what the other methods would, without waiting for a device.
+        """Raises early what `rows` would, without waiting for a device.
 
         Raises:
             ValueError: a scalar that settings make is not finite.
@@ -223,24 +230,31 @@ def clipped(row: Row, norm: float | None) -> Row:
 
 
 def _key(values: tuple[Any, ...]) -> Any:
-    """Equal for groups that share their rows."""
+    """Equal for groups that share their rows, and whose settings are right or wrong together."""
+    types = tuple(map(type, values))
     try:
         hash(values)
     except TypeError:  # a list of betas
-        return object()
-    return values
+        values = tuple(map(_hashable, values))
+    return values, types
+
+
+def _hashable(value: Any) -> Any:
+    if _is_sequence(value):
+        return tuple(map(_hashable, value))
+    return value if isinstance(value, Hashable) else object()
 
 
 def _is_constant(value: Any) -> bool:
     """Whether a setting cannot change in place, as tensors and lists do."""
     if type(value) is tuple:
         return all(map(_is_constant, value))
-    return type(value) in (float, int, bool, str, torch.dtype, type(None))
+    return not isinstance(value, Tensor) and not _is_sequence(value)
 
 
 def _is_sequence(value: Any) -> bool:
     # What is common first, because abstract classes answer in Python.
-    return not isinstance(value, (float, int, Tensor)) and isinstance(
+    return not isinstance(value, (float, int, str, Tensor)) and isinstance(
         value, (tuple, list, Sequence)
     )
 

@@ -43,7 +43,7 @@ def table(**figures):
 
 def test_a_table_is_read_as_it_was_written():
     columns = instructions.COLUMNS[HOST]
-    made = table(**dict(zip(columns, (5000, 100000, 0.25, 3, 1.88, 20), strict=True)))
+    made = table(**dict(zip(columns, (5000, 100000, 0.25, 3, 1.88, 20, 0, 16, 0, 2), strict=True)))
     del made.lines["a line"][columns[-1]]
     assert instructions.parse(str(made)) == {HOST: made}
 

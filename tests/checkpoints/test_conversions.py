@@ -351,6 +351,16 @@ def test_masters_in_an_fp32_model(dtype, master, lossy):
     assert names_of(other) == names_of(trained(FP32, None))
 
 
+@pytest.mark.parametrize("master", [None, "stochastic"])
+def test_a_master_that_was_about_to_go(master):
+    """An optimizer takes its own state dict back, whatever was set since its last step."""
+    optimizer = trained(BF16, "split")
+    optimizer.param_groups[0]["master_weights"] = master
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert "param_remainder" not in [name for _, name, _ in entries(optimizer)]
+
+
 def test_split_is_not_for_fp16():
     """Neither in a step nor in a load, after which all is as before."""
     optimizer = trained(BF16, "split")

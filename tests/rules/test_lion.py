@@ -62,7 +62,7 @@ def without_lion(monkeypatch):
 def test_a_rule_that_the_build_lacks(without_lion):
     """It alone is left to the reference, with one warning."""
     lion = fastopt.Lion(new_params([(5,)]))
-    with pytest.warns(UserWarning, match="slow reference .* has no rule 'lion': reinstall"):
+    with pytest.warns(UserWarning, match="slow reference .* has no rule 'lion': use .* reinstall"):
         take_steps(lion, range(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -72,6 +72,10 @@ def test_a_rule_that_the_build_lacks(without_lion):
     assert torch.equal(lion.param_groups[0]["params"][0], wanted[0])
     with pytest.raises(RuntimeError, match=r"'cpp' does not work for lion: .*no rule 'lion'"):
         fastopt.Lion(new_params([(5,)]), backend="cpp")
+    lion = fastopt.Lion(new_params([(5,)]))
+    lion.backend = "cpp"
+    with pytest.raises(RuntimeError, match=r"'cpp' does not work for lion: .*no rule 'lion'"):
+        take_steps(lion, [0])
 
 
 def test_a_rule_of_another_version(without_lion, monkeypatch):

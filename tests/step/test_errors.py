@@ -9,6 +9,7 @@ import torch
 from helpers import (
     BF16,
     FP32,
+    assert_same_bits,
     each_backend,
     each_optimizer,
     new_params,
@@ -20,6 +21,8 @@ from helpers import (
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
+from fastopt import optimizer as module
+from fastopt.step import backends, dispatch
 
 
 def assert_refused(optimizer, bad, message, forget=False):
@@ -206,6 +209,11 @@ def test_a_state_on_the_meta_device_is_not_loaded():
     message = "a state 'exp_avg_sq' on the meta device, without data"
     with unchanged(optimizer), pytest.raises(RuntimeError, match=message):
         optimizer.load_state_dict(saved)
+    (state,) = optimizer.state.values()
+    state["exp_avg_sq"] = saved["state"][0]["exp_avg_sq"]
+    message = "'exp_avg_sq' that does not fit it .*of shape .* on meta"
+    with pytest.raises(RuntimeError, match=message):
+        take_steps(optimizer, [1])
 
 
 def test_unknown_backend(monkeypatch):
@@ -218,3 +226,53 @@ def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("FASTOPT_BACKEND", "reference")
     assert fastopt.SGD(params).backend == "reference"
     assert fastopt.SGD(params, backend="cpp").backend == "cpp"  # an argument comes first
+
+
+def test_a_backend_that_is_set_later(monkeypatch):
+    optimizer = fastopt.SGD(new_params([(3,)]), momentum=0.9)
+    take_steps(optimizer, [0])
+    with unchanged(optimizer):
+        optimizer.backend = "cuda"
+        with pytest.raises(ValueError, match="backend='cuda': the backends are auto"):
+            optimizer.step()
+        monkeypatch.setattr(dispatch, "_load", lambda: (None, "there is none"))
+        optimizer.backend = "cpp"
+        with pytest.raises(RuntimeError, match="backend='cpp' does not work here: there is none"):
+            optimizer.step()
+
+
+def test_an_interrupt_while_a_step_is_taken_back(monkeypatch):
+    """The next call goes on taking it back."""
+    optimizer, other = (
+        fastopt.SGD(new_params([(3,), (4,)]), momentum=0.9, backend="reference") for _ in range(2)
+    )
+    set_grads(parameters(optimizer), 0)
+
+    real = backends.Reference.update
+
+    def update(*args):
+        real(*args)
+        interrupted()
+
+    def interrupted(*args):
+        if optimizer._undo:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(backends.Reference, "update", update)
+    monkeypatch.setattr(module, "take_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    assert optimizer.state
+    assert not optimizer.state_dict()["state"]
+    take_steps(optimizer, range(2))
+    assert_same_bits(parameters(optimizer), take_steps(other, range(2)))
+
+
+def test_states_that_a_step_in_inference_mode_has_made():
+    optimizer, other = (fastopt.Adam(new_params([(3,)])) for _ in range(2))
+    with torch.inference_mode():
+        take_steps(optimizer, [0])
+    take_steps(other, [0])
+    optimizer.backend = "reference"
+    assert_same_bits(take_steps(optimizer, [1]), take_steps(other, [1]))

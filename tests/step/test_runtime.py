@@ -200,19 +200,24 @@ steps()
 dispatch.torch_abi.find = find
 search = torch_abi._search
 optional = sum(torch_abi.OPTIONAL, ())
-for name in (*(name for name in torch_abi.Fields._fields if name not in optional), None):
-    wrong = lambda t: (f := search(t))._replace(**{name: getattr(f, name) + 8})
-    torch_abi._search = wrong if name else search
+needed = [name for name in torch_abi.Fields._fields if name not in optional]
+for names in (*((name,) for name in needed), *torch_abi.OPTIONAL, ()):
+    torch_abi._search = lambda t: (f := search(t))._replace(
+        **{name: getattr(f, name) + 8 for name in names}
+    )
     dispatch._load.cache_clear()
-    print(dispatch.extension().knows_torch_fields(), fastopt.backends()["cpp"].detail)
+    print(dispatch.extension().unknown_torch_fields(), fastopt.backends()["cpp"].detail)
 steps()
 """)
     n = len(fastopt.OPTIMIZERS)
-    slow, (*wrong, right), fast = lines[:n], lines[n:-n], lines[-n:]
+    slow, (*wrong, no_grads, no_versions, right), fast = lines[:n], lines[n:-n], lines[-n:]
     assert all(line.startswith("True") for line in fast)
     assert slow == [line.replace("True", "False") for line in fast]
     assert len(wrong) == 11
-    assert all(line.startswith("False CPU tensors") for line in wrong)
-    assert all("slow on many tensors" in line for line in wrong)
-    assert right.startswith("True CPU tensors")
-    assert "slow on many tensors" not in right
+    assert all(line.startswith("['tensors'] CPU tensors") for line in wrong)
+    assert all("; slow on many tensors: this torch keeps its tensors" in line for line in wrong)
+    assert no_grads.startswith("['gradients'] CPU tensors")
+    assert "; slower on many tensors: this torch keeps its gradients in" in no_grads
+    assert no_versions.startswith("['versions'] CPU tensors")
+    assert right.startswith("[] CPU tensors")
+    assert "on many tensors" not in right

@@ -138,12 +138,61 @@ def test_settings_that_stay_are_checked_once(monkeypatch):
     optimizer = fastopt.SGD(groups, momentum=0.9)
     take_steps(optimizer, [0])
     checked = []
-    monkeypatch.setattr(settings, "check", lambda *args: checked.append(args))
+    monkeypatch.setattr(settings, "check_group", lambda *args: checked.append(args))
     take_steps(optimizer, range(3))
     assert not checked
     optimizer.param_groups[1]["lr"] = 0.5
     take_steps(optimizer, range(3))
     assert len(checked) == 1
+
+
+@pytest.mark.parametrize("lr", [torch.tensor(0.1), 0.1], ids=str)
+def test_only_what_can_change_in_place_is_checked_again(monkeypatch, lr):
+    groups = [{"params": [param], "betas": [0.9, 0.99]} for param in new_params([(3,), (4,)])]
+    optimizer = fastopt.AdamW(groups, lr=lr)
+    take_steps(optimizer, [0])
+    checked = []
+    monkeypatch.setattr(settings, "check_group", lambda *args: checked.append(args[3]))
+    take_steps(optimizer, [1])
+    assert checked == [["lr", "betas"] if isinstance(lr, torch.Tensor) else ["betas"]]
+    monkeypatch.undo()
+    optimizer.param_groups[1]["betas"][1] = 1.5
+    with (
+        unchanged(optimizer),
+        pytest.raises(ValueError, match="beta parameter at index 1.*group 1"),
+    ):
+        optimizer.step()
+
+
+TOGETHER = [
+    ("dampening", 0.5, ValueError, "Nesterov momentum requires"),
+    ("momentum", 0, ValueError, "Nesterov momentum requires"),
+    ("differentiable", True, NotImplementedError, "differentiable=True is not supported"),
+    ("foreach", True, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
+    ("fused", "x", TypeError, "Invalid fused: 'x'"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), TOGETHER, ids=str)
+def test_settings_that_do_not_go_together(name, value, error, message):
+    """A plan that holds does not let them pass."""
+    optimizer = fastopt.SGD(new_params([(3,)]), momentum=0.9, nesterov=True, fused=True)
+    take_steps(optimizer, range(2))
+    (group,) = optimizer.param_groups
+    good, group[name] = group[name], value
+    with unchanged(optimizer), pytest.raises(error, match=message):
+        optimizer.step()
+    group[name] = good
+    optimizer.step()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_equal_values_of_another_type(first):
+    groups = [{"params": [param], "lr": 1} for param in new_params([(3,), (4,)])]
+    optimizer = fastopt.SGD(groups)
+    optimizer.param_groups[first]["lr"] = True
+    with pytest.raises(TypeError, match=f"learning rate: True .lr of param group {first} must"):
+        take_steps(optimizer, [0])
 
 
 def test_what_schedulers_of_torch_end_with():

@@ -351,6 +351,19 @@ def test_a_step_that_raises_leaves_nothing_behind():
     assert not parameters(optimizer)[0].isfinite()
 
 
+def test_a_scale_that_has_become_0():
+    """torch's scaler halves it at each overflow, for ever."""
+    optimizer = fastopt.AdamW(new_params(SHAPES), max_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e-45)
+    for _ in range(3):
+        loss = sum(param.sum() for param in parameters(optimizer)) * math.inf
+        scaler.scale(loss).backward()
+        with unchanged(optimizer):
+            scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 0
+
+
 ASKS = [{"fused": True}, {"max_norm": 0.5}, {"max_norm": math.inf, "clip_value": 1.0}]
 ASKS_NOT = [{}, {"fused": False}, {"clip_value": 0.02}, {"foreach": True}]
 each_asking = pytest.mark.parametrize("settings", [*ASKS, *ASKS_NOT], ids=str)
