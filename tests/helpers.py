@@ -100,11 +100,11 @@ def entries(optimizer):
     ]
 
 
-def through_file(obj):
+def through_file(obj, weights_only=True):
     file = io.BytesIO()
     torch.save(obj, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(file, weights_only=weights_only)
 
 
 @contextlib.contextmanager

@@ -1,43 +1,51 @@
-"""Whole lives of an optimizer, drawn at random: whatever happens around a step, all backends have
-the same bits, and a textbook has the same numbers.
+"""Whole lives of an optimizer, drawn at random: all backends have the same bits, and a textbook has
+the same numbers.
 
-After every action the optimizers of a life, one for each backend, are compared with each other bit
-by bit, and with a model in fp64 (`textbook.py`). The model takes over the optimizer's numbers after
-each step, once they were found right: so that every step is held to the rounding errors of one step
-and not of a life, and every other action to none. An action that raises must have changed nothing.
+Every action ends with a comparison of the backends bit by bit, and with a model in fp64. The model
+takes over the optimizer's numbers after each step, so that a step is held to the rounding errors of
+one step and not of a life, and every other action to none. An action that raises changes nothing.
 
-Left out, with the reason: parameters that overlap (their order matters: test_training_loop.py); NaN
-and infinite gradients without a scaler (nothing can be compared after them: test_bits.py).
+Two things are left out: parameters that overlap, because their order matters
+(test_training_loop.py), and NaN and infinite gradients without a scaler, because nothing can be
+compared after them (test_bits.py).
 """
 
 import collections
 import contextlib
 import copy
-import dataclasses
-import io
+import itertools
 import math
 import pickle
+from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers import BACKENDS, CASES, Interruption, interpreted, torch_class
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
-from textbook import (
+from helpers import (
+    BACKENDS,
     BF16,
+    CASES,
     FP16,
     FP32,
     FP64,
+    HALVES,
+    ISAS,
+    STATE_DTYPES,
+    Interruption,
+    entries,
+    interpreted,
+    masked_out,
+    parameters,
+    through_file,
+    torch_class,
+)
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rules.runs import machine
+from textbook import (
     clip_coefs,
     half_ulp,
+    is_square,
     param_error,
     state_error,
     states_of,
@@ -45,23 +53,13 @@ from textbook import (
 )
 
 import fastopt
-from fastopt.packing import Stored, param_of
-from fastopt.step import dispatch
-
-_C = dispatch.extension()
-ISAS = _C.supported_isas() if _C else []
-#: What Triton's interpreter computes on lanes that are masked out.
-MASKED_OUT = [
-    f"ignore:{what} encountered:RuntimeWarning"
-    for what in ("divide by zero", "invalid value", "overflow")
-]
+from fastopt.packing import Stored, memory_order, param_of
 
 #: For each dtype of parameters, pairs of master_weights and state_dtype.
-MODES = {
+PAIRS = {
     FP16: [("auto", FP32), ("fp32", BF16), ("auto", "8bit"), (None, FP32), (None, "8bit")],
     BF16: [
-        *(("auto", kept) for kept in (FP32, BF16, "8bit")),
-        *(("fp32", kept) for kept in (FP32, BF16, "8bit")),
+        *itertools.product(("auto", "fp32"), STATE_DTYPES),
         *(("stochastic", FP32), ("stochastic", "8bit"), (None, FP32), (None, BF16)),
     ],
     FP32: [("auto", FP32), (None, BF16), ("auto", "8bit")],
@@ -91,52 +89,42 @@ GRADS = ["new", "new", "new", "none", "none", "keep", "in place", "zero", "expan
 GRADS += [*LAYOUTS[1:], "other dtype"]
 SCALE = 16.0  # what GradScalers multiply by: exact, and without an overflow in fp16
 MAX_PARAMS = 6
+FILL = 7  # what the memory around parameters holds
 
 count: collections.Counter[str] = collections.Counter()
 
 
-@dataclasses.dataclass
+@dataclass
 class Twin:
-    """What one parameter and its states should be, in fp64.
+    """What one parameter and its states should be, in fp64."""
 
-    Args:
-        number: the parameter, at full precision where there is a master.
-        master: what that was when the last step left the parameter as ``left``.
-        left: None where the optimizer cannot know any more.
-        states: by their names in torch.
-        slack: by how much ``number`` may be wrong, after writes from outside.
-        t: steps that the states have seen.
-        rounds: the next step keeps the states in another form, and rounds them first.
-        is_left_over: its state has entries that the next step drops.
-    """
-
-    number: torch.Tensor
-    master: torch.Tensor
-    left: torch.Tensor | None
-    states: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
-    slack: torch.Tensor | float = 0.0
-    t: int = 0
-    rounds: bool = False
-    is_left_over: bool = False
+    number: torch.Tensor  # at full precision where there is a master
+    master: torch.Tensor  # what `number` was when the last step left the parameter as `left`
+    left: torch.Tensor | None  # None where the optimizer cannot know any more
+    states: dict[str, torch.Tensor] = field(default_factory=dict)  # by their names in torch
+    slack: torch.Tensor | float = 0.0  # how wrong `number` may be after writes from outside
+    t: int = 0  # steps that the states have seen
+    rounds: bool = False  # the next step keeps the states in another form and rounds them first
+    is_left_over: bool = False  # its state has entries that the next step drops
 
     @classmethod
-    def new(cls, param, state=()):
-        """Of a parameter that was not stepped yet; Adagrad's has a state all the same."""
-        states = {name: state_of(name, state) for name in state if name == "sum"}
+    def new(cls, param, state):
+        """A parameter that was not stepped yet has no states, but for Adagrad's."""
+        states = {"sum": in_fp64(state["sum"])} if "sum" in state else {}
         return cls(in_fp64(param), in_fp64(param), param.detach().clone(), states)
 
 
 def in_fp64(tensor):
-    """A copy."""
     return tensor.detach().to(FP64, copy=True)
 
 
 def number_of(param, state):
     """What the arithmetic takes for a parameter that was not written since the last step."""
     p = param.detach().contiguous()
-    if p.dtype == BF16 and (remainder := state.get("param_remainder")) is not None:
+    remainder, master = state.get("param_remainder"), state.get("master_param")
+    if p.dtype == BF16 and remainder is not None:
         return ((p.view(torch.int16).int() << 16) + remainder).view(FP32).double()
-    if p.dtype in (FP16, BF16) and (master := state.get("master_param")) is not None:
+    if p.dtype in HALVES and master is not None:
         stands = param_of(master, p.dtype).view(torch.int16) == p.view(torch.int16)
         return torch.where(stands, master, p.float()).double()
     return in_fp64(p)
@@ -144,7 +132,7 @@ def number_of(param, state):
 
 def unwritten(param, left):
     """For each element, whether all 256 of its block are what a step has left."""
-    order = sorted(range(left.ndim), key=left.stride, reverse=True)
+    order = memory_order(left)
     same = (param.view(torch.int16) == left.view(torch.int16)).permute(order)
     blocks = torch.nn.functional.pad(same.reshape(-1), (0, -same.numel() % 256), value=True)
     blocks = blocks.view(-1, 256).all(1).repeat_interleave(256)[: same.numel()]
@@ -156,24 +144,22 @@ def state_of(name, state):
     if (plain := state.get(name)) is not None:
         return in_fp64(plain)
     if (codes := state.get(f"{name}_codes")) is not None:
-        square = name in ("square_avg", "exp_avg_sq", "max_exp_avg_sq")
-        packing = "unsigned_codes" if square else "codes"
+        packing = "unsigned_codes" if is_square(name) else "codes"
         return Stored(codes, packing, state[f"{name}_scale"]).unpack(FP32).double()
     return None
 
 
 def lay(values, layout):
-    """The same numbers in another layout, and the memory around them, which holds 7."""
+    """The same numbers in another layout, and the memory around them."""
     if layout == "transposed":
         dims = list(reversed(range(values.ndim)))
         return values.permute(dims).clone(memory_format=torch.contiguous_format).permute(dims), []
     if layout == "gaps":
-        base = values.new_full((*values.shape, 2), 7)
+        base = values.new_full((*values.shape, 2), FILL)
         return base[..., 0].copy_(values), [base[..., 1]]
     if layout == "inside":
-        base = values.new_full((values.numel() + 5,), 7)
-        inside = base[3:-2].view(values.shape).copy_(values)
-        return inside, [base[:3], base[-2:]]
+        base = values.new_full((values.numel() + 5,), FILL)
+        return base[3:-2].view(values.shape).copy_(values), [base[:3], base[-2:]]
     return values.clone(memory_format=torch.contiguous_format), []
 
 
@@ -182,23 +168,31 @@ def random(shape, seed, scale=1.0):
     return torch.randn(shape, generator=generator, dtype=FP64) * scale
 
 
-def bits_of(tensor):
-    """Dtype, shape and bits of a tensor, all NaNs the same."""
-    tensor = tensor.detach().resolve_neg().contiguous()
+def bits_of(x):
+    """Dtype, shape and bits of a tensor, with all NaNs the same; anything else with its type."""
+    if not isinstance(x, torch.Tensor):
+        return type(x), x
+    tensor = x.detach().resolve_neg().contiguous()
     if tensor.is_floating_point():
         tensor = torch.where(tensor.isnan(), math.nan, tensor)
         tensor = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
-    return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
+    return x.dtype, tensor.shape, tensor.numpy().tobytes()
 
 
-def same(a, b):
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and bits_of(a) == bits_of(b)
-    return type(a) is type(b) and a == b
+def seen(x):
+    """All of a tensor, dict or list that an action which raises must leave as it is."""
+    if isinstance(x, dict):
+        return {seen(key): seen(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [seen(value) for value in x]
+    if not isinstance(x, torch.Tensor):
+        return x
+    readable = x.layout == torch.strided and (x.untyped_storage().nbytes() or not x.numel())
+    return id(x), x._version, bits_of(x) if readable else None
 
 
 def settings_of(group):
-    """Those of a param group; a tensor's value."""
+    """The settings of a param group, with the value of a tensor."""
     return {
         key: value.item() if isinstance(value, torch.Tensor) else value
         for key, value in group.items()
@@ -206,70 +200,45 @@ def settings_of(group):
     }
 
 
-def suits(name, c, mode, dtypes):
-    """Whether a rule with settings ``c`` takes pairs of master_weights and state_dtype."""
-    master, kept = mode
-    if kept != FP32 and (FP64 in dtypes or c.get("centered")):
-        return False
-    if kept == "8bit" and name == "adagrad":
-        return False
-    return master != "stochastic" or FP16 not in dtypes
-
-
-def allowed(c, key, value):
-    """Whether a setting may change to a value: Nesterov wants a momentum without dampening."""
-    return not c.get("nesterov") or {"momentum": value, "dampening": not value}.get(key, True)
+def suits(name, c, pair, dtypes):
+    """Whether a rule with settings ``c`` takes a pair of master_weights and state_dtype."""
+    master, kept = pair
+    fp32_only = FP64 in dtypes or c.get("centered") or (name == "adagrad" and kept == "8bit")
+    return (kept == FP32 or not fp32_only) and (master != "stochastic" or FP16 not in dtypes)
 
 
 class Side:
     """The optimizer of one backend, with parameters of its own."""
 
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.around = []  # memory around its parameters, which holds 7
+    def __init__(self):
+        self.optimizer = None
+        self.around = []  # memory beside its parameters
 
     @property
     def params(self):
-        return [param for group in self.optimizer.param_groups for param in group["params"]]
-
-    def group_of(self, i):
-        return [group for group in self.optimizer.param_groups for _ in group["params"]][i]
+        return parameters(self.optimizer)
 
     def state(self, i):
         return self.optimizer.state.get(self.params[i], {})
 
     def snapshot(self):
         """All that an action which raises must leave as it is."""
-
-        def seen(x):
-            if not isinstance(x, torch.Tensor):
-                return x
-            readable = x.layout == torch.strided and (x.untyped_storage().nbytes() or not x.numel())
-            return id(x), x._version, bits_of(x) if readable else None
-
-        return {
-            "parameters": [seen(param) for param in self.params],
-            "gradients": [seen(param.grad) for param in self.params],
-            "states": {
-                id(param): {key: seen(value) for key, value in state.items()}
-                for param, state in self.optimizer.state.items()
-            },
-            "groups": [
-                {k: [*map(id, v)] if k == "params" else seen(v) for k, v in group.items()}
-                for group in self.optimizer.param_groups
-            ],
+        things = {
+            "parameters": self.params,
+            "gradients": [param.grad for param in self.params],
+            "states": self.optimizer.state,
+            "groups": self.optimizer.param_groups,
         }
+        return {what: seen(thing) for what, thing in things.items()}
 
     def numbers(self):
         """The bits of parameters and states."""
-        return [
-            (bits_of(param), {key: bits_of(torch.as_tensor(x)) for key, x in self.state(i).items()})
-            for i, param in enumerate(self.params)
-        ]
+        values = [(*place, bits_of(value)) for *place, value in entries(self.optimizer)]
+        return [bits_of(param) for param in self.params], values
 
     @contextlib.contextmanager
     def raises(self, *errors):
-        """Where an action raises, having changed nothing."""
+        """The action inside must raise, and must have changed nothing."""
         before = self.snapshot()
         with pytest.raises(errors):
             yield
@@ -286,77 +255,57 @@ def fail(*args):
     raise HookError
 
 
-# What makes a step raise. Each spoils one parameter, which has a gradient, or its group, and
-# returns a function that puts it right again.
-def spoil_gradient(make):
-    def spoil(side, i):
-        param, grad = side.params[i], side.params[i].grad
-        param.grad = None
-        param.grad = make(param)
-        return lambda: give(param, grad)
-
-    return spoil
-
-
 def freed(param):
     grad = torch.ones_like(param)
     grad.untyped_storage().resize_(0)
     return grad
 
 
-def spoil_data(change):
-    def spoil(side, i):
-        param, data = side.params[i], side.params[i].data
-        param.data = change(data)
-        return lambda: setattr(param, "data", data)
+def spoiled(attribute, change):
+    def spoil(patch, side, i):
+        patch.setattr(side.params[i], attribute, change(side.params[i]))
 
     return spoil
 
 
-def spoil_setting(key, value):
-    def spoil(side, i):
-        group = side.group_of(i)
-        before = group[key]
-        group[key] = value
-        return lambda: group.__setitem__(key, before)
+def spoiled_setting(key, value):
+    def spoil(patch, side, i):
+        groups = [group for group in side.optimizer.param_groups for _ in group["params"]]
+        patch.setitem(groups[i], key, value)
 
     return spoil
 
 
-def spoil_state(change):
-    def spoil(side, i):
-        param, states = side.params[i], side.optimizer.state
-        before = states.get(param)
-        states[param] = change(before or {})
-
-        def restore():
-            del states[param]
-            if before is not None:
-                states[param] = before
-
-        return restore
+def spoiled_state(change):
+    def spoil(patch, side, i):
+        patch.setitem(side.optimizer.state, side.params[i], change(side.state(i)))
 
     return spoil
 
 
+def spoiled_hook(patch, side, i):
+    patch.setitem(side.optimizer._optimizer_step_pre_hooks, "fails", fail)
+
+
+#: What makes a step raise, for a parameter that has a gradient, until the patch is undone.
 FAULTS = {
-    "sparse gradient": spoil_gradient(lambda param: torch.ones_like(param).to_sparse()),
-    "freed gradient": spoil_gradient(freed),
-    "another shape": spoil_data(lambda data: data.new_zeros((3, *data.shape))),
-    "another dtype": spoil_data(lambda data: data.to(FP16 if data.dtype == FP64 else FP64)),
-    "expanded": spoil_data(lambda data: data.new_zeros((1,) * data.ndim).expand(data.shape)),
-    "nan lr": spoil_setting("lr", math.nan),
-    "infinite weight_decay": spoil_setting("weight_decay", math.inf),
-    "nan max_norm": spoil_setting("max_norm", math.nan),
-    "negative clip_value": spoil_setting("clip_value", -1.0),
-    "bad seed": spoil_setting("seed", -1),
-    "bad state_dtype": spoil_setting("state_dtype", torch.int8),
-    "bad master_weights": spoil_setting("master_weights", "half"),
-    "bad state": spoil_state(lambda state: dict.fromkeys(state, torch.ones(4, 4, 1))),
-    "nan as a step": spoil_state(lambda state: {**state, "step": math.nan}),
-    "text as a step": spoil_state(lambda state: {**state, "step": "three"}),
-    "hook": lambda side, i: side.optimizer.register_step_pre_hook(fail).remove,
-    "closure": lambda side, i: lambda: None,
+    "sparse gradient": spoiled("grad", lambda param: torch.ones_like(param).to_sparse()),
+    "freed gradient": spoiled("grad", freed),
+    "another shape": spoiled("data", lambda param: param.data.new_zeros((3, *param.shape))),
+    "another dtype": spoiled("data", lambda p: p.data.to(FP16 if p.dtype == FP64 else FP64)),
+    "expanded": spoiled("data", lambda p: p.data.new_zeros((1,) * p.ndim).expand(p.shape)),
+    "nan lr": spoiled_setting("lr", math.nan),
+    "infinite weight_decay": spoiled_setting("weight_decay", math.inf),
+    "nan max_norm": spoiled_setting("max_norm", math.nan),
+    "negative clip_value": spoiled_setting("clip_value", -1.0),
+    "bad seed": spoiled_setting("seed", -1),
+    "bad state_dtype": spoiled_setting("state_dtype", torch.int8),
+    "bad master_weights": spoiled_setting("master_weights", "half"),
+    "bad state": spoiled_state(lambda state: dict.fromkeys(state, torch.ones(4, 4, 1))),
+    "nan as a step": spoiled_state(lambda state: {**state, "step": math.nan}),
+    "text as a step": spoiled_state(lambda state: {**state, "step": "three"}),
+    "hook": spoiled_hook,
+    "closure": lambda patch, side, i: None,
 }
 
 
@@ -368,25 +317,17 @@ def give(param, grad):
     param.grad = grad
 
 
-def torch_saved(x):
-    """What comes back from a file."""
-    buffer = io.BytesIO()
-    torch.save(x, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
-    "torch.save": torch_saved,
+    "torch.save": lambda optimizer: through_file(optimizer, weights_only=False),
 }
 
 specs = st.tuples(st.sampled_from(SHAPES), st.sampled_from(LAYOUTS))
 seeds = st.integers(0, 99)
 places = st.integers(0, MAX_PARAMS - 1)
+modes = st.integers(0, 9)
 grad_kinds = st.lists(st.sampled_from(GRADS), min_size=MAX_PARAMS, max_size=MAX_PARAMS)
-scales = st.sampled_from([1.0, 0.01, 30.0])
 a_change = st.tuples(st.sampled_from([*CHANGES]), st.integers(0, 3))
 
 
@@ -396,10 +337,17 @@ class Life(RuleBasedStateMachine):
     backends = BACKENDS
     largest = 10_000  # elements of a parameter
 
+    def __init__(self):
+        super().__init__()
+        self.machine = contextlib.ExitStack()
+
+    def teardown(self):
+        self.machine.close()
+
     @initialize(
         case=st.sampled_from(CASES),
         dtype=st.sampled_from([FP32, FP32, BF16, BF16, FP16, FP64]),
-        mode=st.integers(0, 9),
+        mode=modes,
         groups=st.lists(st.lists(specs, min_size=1, max_size=3), min_size=1, max_size=2),
         changes=st.lists(a_change, max_size=4),
         tensor_lr=st.booleans(),
@@ -409,51 +357,42 @@ class Life(RuleBasedStateMachine):
     )
     def create(self, case, dtype, mode, groups, changes, tensor_lr, auto, threads, isa):
         count["lives"] += 1
-        self.machine = _C.isa(), torch.get_num_threads()
-        _C.use_isa(isa)
-        torch.set_num_threads(threads)
+        self.machine.enter_context(machine(isa, threads))
         self.cls, variant = case
         self.name = self.cls.rule.name
         c = self.cls([torch.ones(1)], **variant).defaults
         for key, index in changes:
             c = self.changed(c, key, index)
-        c["master_weights"], c["state_dtype"] = self.mode_for(mode, c, [dtype])
+        c |= self.modes_for(mode, c, [dtype])
         given = {key: value for key, value in c.items() if key != "decoupled_weight_decay"}
         self.sides = []
         for backend in self.backends:
-            side = Side(None)
+            side = Side()
+            backend = "auto" if auto and backend == "cpp" else backend
             given["lr"] = torch.tensor(c["lr"]) if tensor_lr else c["lr"]
-            side.optimizer = self.cls(
-                [
-                    {"params": [self.parameter(side, *spec, dtype, i) for i, spec in enumerate(g)]}
-                    for g in groups
-                ],
-                backend="auto" if auto and backend == "cpp" else backend,
-                **given,
-            )
+            new = [
+                {"params": [self.parameter(side, *spec, dtype, i) for i, spec in enumerate(group)]}
+                for group in groups
+            ]
+            side.optimizer = self.cls(new, backend=backend, **given)
             self.sides.append(side)
-        c["lr"] = float(torch.tensor(c["lr"])) if tensor_lr else c["lr"]
+        c["lr"] = float(given["lr"])
         self.settings = [dict(c) for _ in groups]
         self.twins = [Twin.new(p, self.first.state(i)) for i, p in enumerate(self.first.params)]
 
-    def teardown(self):
-        if hasattr(self, "machine"):
-            _C.use_isa(self.machine[0])
-            torch.set_num_threads(self.machine[1])
-
     def changed(self, c, key, index):
-        """Settings with another value, where they have one and it is allowed."""
+        """Settings with another value, where they have one; Nesterov's fit few."""
         value = CHANGES[key][index % len(CHANGES[key])]
-        return {**c, key: value} if key in c and allowed(c, key, value) else dict(c)
+        fits_nesterov = {"momentum": value, "dampening": not value}.get(key, True)
+        return {**c, key: value} if key in c and (fits_nesterov or not c.get("nesterov")) else {**c}
 
-    def mode_for(self, index, c, dtypes):
-        """A pair of master_weights and state_dtype."""
-        modes = [mode for mode in MODES[dtypes[0]] if suits(self.name, c, mode, dtypes)]
-        return modes[index % len(modes)]
+    def modes_for(self, index, c, dtypes):
+        """The settings master_weights and state_dtype."""
+        fitting = [pair for pair in PAIRS[dtypes[0]] if suits(self.name, c, pair, dtypes)]
+        return dict(zip(KEPT, fitting[index % len(fitting)], strict=False))
 
     def parameter(self, side, shape, layout, dtype, seed):
-        if math.prod(shape) > self.largest:
-            shape = (3,)
+        shape = shape if math.prod(shape) <= self.largest else (3,)
         data, around = lay(random(shape, seed).to(dtype), layout)
         side.around += around
         return torch.nn.Parameter(data) if seed % 2 else data.requires_grad_()
@@ -463,10 +402,18 @@ class Life(RuleBasedStateMachine):
         return self.sides[0]
 
     @property
+    def twins_and_params(self):
+        return [*enumerate(zip(self.twins, self.first.params, strict=True))]
+
+    @property
     def group_index(self):
         """For each parameter."""
         groups = self.first.optimizer.param_groups
         return [g for g, group in enumerate(groups) for _ in group["params"]]
+
+    def members(self, g):
+        """The indices of a group's parameters."""
+        return [i for i, group in enumerate(self.group_index) if group == g]
 
     def c(self, i):
         """The settings of a parameter."""
@@ -477,29 +424,42 @@ class Life(RuleBasedStateMachine):
 
     def has_master(self, i):
         dtype = self.first.params[i].dtype
-        return dtype in (FP16, BF16) and self.c(i)["master_weights"] in ("auto", "fp32", "split")
+        return dtype in HALVES and self.c(i)["master_weights"] in ("auto", "fp32", "split")
+
+    def without_master(self, i):
+        """The parameter alone is left; a master that was there may still be used."""
+        twin, param = self.twins[i], self.first.params[i]
+        twin.number, twin.left = in_fp64(param), None
+        twin.slack = half_ulp(param) if param.dtype in HALVES else 0.0
+
+    def settle(self, i):
+        """A state dict makes remainders fit what was written."""
+        twin = self.twins[i]
+        if twin.left is not None:
+            twin.master, twin.left = twin.number, self.first.params[i].detach().clone()
+
+    def forget_what_was_left(self, i):
+        """A remainder that was replaced, or loaded, belongs to the parameter as it will be."""
+        twin = self.twins[i]
+        if "param_remainder" in self.first.state(i):
+            if twin.left is not None and not torch.equal(twin.number, twin.master):
+                twin.slack = half_ulp(self.first.params[i])
+            twin.left = None
 
     # Steps.
 
     def give_gradients(self, side, kinds, seed, scale=1.0):
         for i, param in enumerate(side.params):
-            kind = kinds[i]
+            kind, grad = kinds[i], param.grad
             if self.twins[i].is_left_over and kind in ("none", "keep"):
-                # Without a gradient, they go in whichever step is planned anew: not the same one
-                # on all backends.
+                # What is left over of a parameter without a gradient goes in whichever step is
+                # planned anew, which is not the same on all backends.
                 kind = "new"
-            grad = param.grad
-            values = random(param.shape, 100 * seed + i, scale).to(param.dtype)
             if kind == "keep":
                 continue
-            if (
-                kind == "in place"
-                and grad is not None
-                and grad.is_contiguous()
-                and not grad.is_neg()
-            ):
-                with torch.no_grad():
-                    grad.copy_(values)
+            values = random(param.shape, 100 * seed + i, scale).to(param.dtype)
+            if kind == "in place" and grad is not None and grad.is_contiguous() > grad.is_neg():
+                grad.copy_(values)
                 continue
             if kind == "none":
                 values = None
@@ -507,7 +467,7 @@ class Life(RuleBasedStateMachine):
                 values = torch.zeros_like(values)
             elif kind == "expanded" and values.numel():
                 values = values[(slice(1),) * values.ndim].expand(values.shape)
-            elif kind == "negated" and self.takes_negated:
+            elif kind == "negated" and self.takes_negated():
                 values = torch._neg_view(-values)
             elif kind == "other dtype" and hasattr(param, "grad_dtype"):
                 values = values.to(BF16 if param.dtype == FP32 else FP32)
@@ -515,75 +475,76 @@ class Life(RuleBasedStateMachine):
                 values, _ = lay(values, kind)
             give(param, values)
 
-    @property
+    def measures(self):
+        return any(c["max_norm"] is not None for c in self.settings)
+
     def takes_negated(self):
         """Whether all optimizers may take the reference for a parameter.
 
-        With a norm, that of its gradients is added last, which may round otherwise.
+        The norm of its gradients is then added last, which may round otherwise.
         """
-        clips = any(c["max_norm"] is not None for c in self.settings)
-        return not clips and all(s.optimizer.backend in ("auto", "reference") for s in self.sides)
+        backends = {side.optimizer.backend for side in self.sides}
+        return not self.measures() and backends <= {"auto", "reference"}
 
     def gradients(self):
-        """In fp64."""
         grads = [param.grad for param in self.first.params]
         return [None if grad is None else in_fp64(grad) for grad in grads]
 
     def made_step(self, grads):
         """Compares with the textbook after a step, whose numbers the model then takes over."""
         count["steps"] += 1
-        measured = any(c["max_norm"] is not None for c in self.settings)
         norm = math.sqrt(sum(float((g * g).sum()) for g in grads if g is not None))
         found = self.first.optimizer.grad_norm
-        assert (found is not None) == measured
+        assert (found is not None) == self.measures()
         # The norm is summed in fp64 and rounded to fp32.
         assert found is None or float(found) == pytest.approx(norm, rel=1e-7)
         coefs = clip_coefs(self.settings, norm)
-        for i, (twin, param, g) in enumerate(
-            zip(self.twins, self.first.params, grads, strict=True)
-        ):
-            state, c, kept = self.first.state(i), self.c(i), self.c(i)["state_dtype"]
+        for i, (twin, param) in self.twins_and_params:
+            state, c, g = self.first.state(i), self.c(i), grads[i]
             if g is None:
                 continue
-            g = (-g if c["maximize"] else g) * coefs[self.group_index[i]]
-            if c["clip_value"] is not None:
-                g = g.clamp(-c["clip_value"], c["clip_value"])
+            bound = math.inf if c["clip_value"] is None else c["clip_value"]
+            g = ((-g if c["maximize"] else g) * coefs[self.group_index[i]]).clamp(-bound, bound)
+            initial = torch.tensor(c.get("initial_accumulator_value", 0.0), dtype=FP64)
+            initial = initial.to(BF16 if c["state_dtype"] == BF16 else FP64).item()
             names = states_of(self.name, c)
-            start = {name: twin.states[name] for name in names if name in twin.states}
-            for name in names:
-                if name not in start and (self.name, name) != ("sgd", "momentum_buffer"):
-                    initial = torch.tensor(c.get("initial_accumulator_value", 0.0), dtype=FP64)
-                    initial = initial.to(BF16 if kept == BF16 else FP64)
-                    start[name] = torch.full_like(g, initial.item())
+            start = {
+                name: twin.states.get(name, torch.full_like(g, initial))
+                for name in names
+                if name in twin.states or (self.name, name) != ("sgd", "momentum_buffer")
+            }
             twin.t += 1
+            assert not self.cls.rule.counts_steps or float(state["step"]) == twin.t
             eps = torch.finfo(FP64 if param.dtype == FP64 else FP32).eps
             wanted = textbook_step(self.name, c, twin.t, twin.number, g, start, eps, twin.slack)
-            if self.cls.rule.counts_steps:
-                assert float(state["step"]) == twin.t
             number = number_of(param, state)
             for key, (x, error) in wanted.items():
                 now = state_of(key, state) if key else number
                 if key:
-                    error = error + 1.01 * state_error(key, x, kept)
+                    twin.states[key] = now
+                    error = error + 1.01 * state_error(key, x, c["state_dtype"])
                 elif not self.has_master(i):
                     error = error + 1.01 * param_error(x, param.dtype)
-                if twin.rounds and key:
-                    # What was rounded before the step, too, at most by as much.
-                    error = 3 * error + 2 * state_error(key, start.get(key, x), kept)
-                if twin.rounds and (not key or key == "momentum_buffer"):
+                if twin.rounds and key in ("", "momentum_buffer"):
                     # Squares far below a block's largest are rounded by more than they are: the
                     # update cannot be foreseen.
                     error = torch.full_like(x, math.inf)
+                elif twin.rounds:
+                    # What was rounded before the step, too, at most by as much.
+                    error = 3 * error + 2 * state_error(key, start[key], c["state_dtype"])
                 bad = ~((now - x).abs() <= error)
                 assert not bad.any(), (
                     f"{key or 'parameter'} {i}: {now[bad][0]}, not {x[bad][0]} +- {error[bad][0]}"
                 )
-                if key:
-                    twin.states[key] = now
             twin.number, twin.slack, twin.rounds, twin.is_left_over = number, 0.0, False, False
             twin.master, twin.left = number, param.detach().clone()
 
-    @rule(kinds=grad_kinds, seed=seeds, scale=scales, closure=st.booleans())
+    @rule(
+        kinds=grad_kinds,
+        seed=seeds,
+        scale=st.sampled_from([1.0, 0.01, 30.0]),
+        closure=st.booleans(),
+    )
     def step(self, kinds, seed, scale, closure):
         for side in self.sides:
             if closure:
@@ -604,15 +565,14 @@ class Life(RuleBasedStateMachine):
     def step_that_raises(self, fault, i, kinds, seed, as_is, then):
         """And the good one after it, while gradients come and go, or with what is there."""
         i = self.place(i)
-        kinds = [*kinds[:i], "new", *kinds[i + 1 :]]
         if not self.can_fail(fault, i):
             return
         for side in self.sides:
-            self.give_gradients(side, kinds, seed)
-            restore = FAULTS[fault](side, i)
-            with side.raises(RuntimeError, ValueError, HookError):
-                side.optimizer.step(*[fail] * (fault == "closure"))
-            restore()
+            self.give_gradients(side, [*kinds[:i], "new", *kinds[i + 1 :]], seed)
+            with pytest.MonkeyPatch.context() as patch:
+                FAULTS[fault](patch, side, i)
+                with side.raises(RuntimeError, ValueError, HookError):
+                    side.optimizer.step(*[fail] * (fault == "closure"))
         count["raises"] += 1
         self.step(["keep"] * MAX_PARAMS if as_is else then, seed + 1, 1.0, False)
 
@@ -623,25 +583,18 @@ class Life(RuleBasedStateMachine):
                 state_of(name, state) is not None for name in states_of(self.name, self.c(i))
             )
         if fault == "another dtype":  # allowed where the gradient's was set
-            data = param.data
-            param.data = data.to(FP16 if data.dtype == FP64 else FP64)
-            follows = getattr(param, "grad_dtype", param.dtype) == param.dtype
-            param.data = data
-            return follows
-        return {
-            "sparse gradient": param.ndim > 0,
-            "freed gradient": param.numel() > 0,
-            "expanded": param.numel() > 1,
-        }.get(fault, True)
+            with pytest.MonkeyPatch.context() as patch:
+                FAULTS[fault](patch, self.first, i)
+                return getattr(param, "grad_dtype", param.dtype) == param.dtype
+        needs = {"sparse gradient": param.ndim > 0, "freed gradient": param.numel() > 0}
+        return {**needs, "expanded": param.numel() > 1}.get(fault, True)
 
     @rule(kinds=grad_kinds, seed=seeds)
     def hook_that_raises_after_the_step(self, kinds, seed):
         for side in self.sides:
             self.give_gradients(side, kinds, seed)
-            handle = side.optimizer.register_step_post_hook(fail)
-            with pytest.raises(HookError):
+            with side.optimizer.register_step_post_hook(fail), pytest.raises(HookError):
                 side.optimizer.step()
-            handle.remove()
         count["raises"] += 1
         self.made_step(self.gradients())
 
@@ -667,13 +620,13 @@ class Life(RuleBasedStateMachine):
     )
     def scaled_step(self, scaler, kinds, seed, overflow, i):
         i = self.place(i)
-        # Those that can be unscaled where they are. torch refuses to do so with fp16.
+        # Only kinds that can be unscaled in place, which torch refuses to do with fp16.
         kinds = [kind if kind in ("none", *LAYOUTS) else "dense" for kind in kinds]
         kinds[i] = "dense"
-        if not self.first.params[i].numel():
-            overflow = None
         if scaler is not fastopt.GradScaler and any(p.dtype == FP16 for p in self.first.params):
             return
+        if not self.first.params[i].numel():
+            overflow = None
         for side in self.sides:
             self.give_gradients(side, kinds, seed)
             if side is self.first:
@@ -692,51 +645,43 @@ class Life(RuleBasedStateMachine):
             if overflow is not None:
                 now = side.snapshot()
                 assert all(before[k] == now[k] for k in ("parameters", "states", "groups"))
+                side.params[i].grad = None
         if overflow is None:
             self.made_step(grads)
-            return
-        count["skipped"] += 1
-        for side in self.sides:
-            side.params[i].grad = None
+        count["skipped"] += overflow is not None
 
     # What happens between steps.
 
     @rule(g=places, change=a_change)
     def change_a_setting(self, g, change):
         g %= len(self.settings)
-        key, index = change
-        self.settings[g] = self.changed(self.settings[g], key, index)
+        key = change[0]
+        self.settings[g] = self.changed(self.settings[g], *change)
         for side in self.sides:
-            group = side.optimizer.param_groups[g]
-            if isinstance(value := group.get(key), torch.Tensor):
+            groups = side.optimizer.param_groups
+            if isinstance(value := groups[g].get(key), torch.Tensor):
                 value.fill_(self.settings[g][key])  # as schedulers do; groups may share it
-                for c, other in zip(self.settings, side.optimizer.param_groups, strict=True):
+                for c, other in zip(self.settings, groups, strict=True):
                     c[key] = value.item() if other[key] is value else c[key]
-            elif key in group:
-                group[key] = self.settings[g][key]
+            elif key in groups[g]:
+                groups[g][key] = self.settings[g][key]
 
-    @rule(g=places, mode=st.integers(0, 9))
+    @rule(g=places, mode=modes)
     def change_the_mode(self, g, mode):
         g %= len(self.settings)
-        members = [i for i, group in enumerate(self.group_index) if group == g]
-        before = self.settings[g]["state_dtype"]
-        had_master = [self.has_master(i) for i in members]
-        dtypes = [self.first.params[i].dtype for i in members] or [FP32]
-        master, kept = self.mode_for(mode, self.settings[g], dtypes)
-        self.settings[g] |= {"master_weights": master, "state_dtype": kept}
-        for side in self.sides:
-            side.optimizer.param_groups[g].update(master_weights=master, state_dtype=kept)
-        for i, had in zip(members, had_master, strict=True):
-            self.twins[i].rounds |= kept not in (FP32, before)
+        before, had_master = (
+            self.settings[g]["state_dtype"],
+            [*map(self.has_master, self.members(g))],
+        )
+        dtypes = [self.first.params[i].dtype for i in self.members(g)] or [FP32]
+        modes = self.modes_for(mode, self.settings[g], dtypes)
+        for group in (self.settings[g], *(side.optimizer.param_groups[g] for side in self.sides)):
+            group.update(modes)
+        for i, had in zip(self.members(g), had_master, strict=True):
+            self.twins[i].rounds |= modes["state_dtype"] not in (FP32, before)
             self.twins[i].is_left_over = True
             if not (had and self.has_master(i)):
                 self.without_master(i)
-
-    def without_master(self, i):
-        """The parameter alone is left; a master that was there may still be used."""
-        twin, param = self.twins[i], self.first.params[i]
-        twin.number, twin.left = in_fp64(param), None
-        twin.slack = half_ulp(param) if param.dtype in (FP16, BF16) else 0.0
 
     @rule(
         i=places,
@@ -744,36 +689,31 @@ class Life(RuleBasedStateMachine):
         layout=st.sampled_from(LAYOUTS),
         seed=seeds,
     )
+    @torch.no_grad()
     def write_a_parameter(self, i, way, layout, seed):
         i = self.place(i)
-        twin = self.twins[i]
         for side in self.sides:
             param = side.params[i]
-            new = random(param.shape, seed).to(param.dtype)
-            with torch.no_grad():
-                if way == "copy_":
-                    param.copy_(new)
-                elif way == "part":
-                    part = (slice(2),) * param.ndim
-                    param[part] = new[part]
-                elif way == ".data":
-                    param.data.copy_(new)
-                elif way == "a moment":  # as in an evaluation of averaged weights
-                    kept = param.clone()
-                    param.copy_(new)
+            new, kept = random(param.shape, seed).to(param.dtype), param.clone()
+            if way in ("new data", "moved"):
+                param.data, around = lay(new if way == "new data" else kept, layout)
+                side.around += around
+            elif way == ".data":
+                param.data.copy_(new)
+            else:
+                part = (slice(2 if way == "part" else None),) * param.ndim
+                param[part] = new[part]
+                if way == "a moment":  # as in an evaluation of averaged weights
                     param.copy_(kept)
-                else:
-                    param.data, around = lay(new if way == "new data" else param.data, layout)
-                    side.around += around
+        twin, param, state = self.twins[i], self.first.params[i], self.first.state(i)
         if way in ("new data", "moved") and self.c(i)["state_dtype"] == "8bit":
             twin.rounds = True  # blocks are in the order of memory
-        param, state = self.first.params[i], self.first.state(i)
         if not self.has_master(i):
             twin.number = in_fp64(param)
         elif "param_remainder" not in state:
             twin.number = number_of(param, state)
         elif twin.left is None:
-            twin.number, twin.slack = in_fp64(param), half_ulp(param)
+            self.without_master(i)
         else:
             as_left = unwritten(param.detach(), twin.left)
             twin.number = torch.where(as_left, twin.master, in_fp64(param))
@@ -785,13 +725,12 @@ class Life(RuleBasedStateMachine):
         c = self.settings[g]
         if not suits(self.name, c, (c["master_weights"], c["state_dtype"]), [dtype]):
             return
-        members = [i for i, group in enumerate(self.group_index) if group == g]
-        members = [i for i in members if self.first.params[i].dtype != dtype]
-        for side in self.sides:
-            for i in members:
+        for i in self.members(g):
+            if self.first.params[i].dtype == dtype:
+                continue
+            for side in self.sides:
                 give(side.params[i], None)
                 side.params[i].data = side.params[i].data.to(dtype)
-        for i in members:
             self.without_master(i)
             self.twins[i].is_left_over = True
 
@@ -818,22 +757,21 @@ class Life(RuleBasedStateMachine):
                         state[key], _ = lay(x, "transposed")
         if way in ("replace", "move"):
             self.forget_what_was_left(i)
-        for j in range(len(self.twins)) if way == "clear" else [i] if way == "delete" else []:
-            self.twins[j] = Twin.new(self.first.params[j])
+        for j in range(len(self.twins)) if way == "clear" else [i] * (way == "delete"):
+            self.twins[j] = Twin.new(self.first.params[j], {})
 
-    @rule(specs=st.lists(specs, max_size=2), mode=st.integers(0, 9), change=a_change)
+    @rule(specs=st.lists(specs, max_size=2), mode=modes, change=a_change)
     @precondition(lambda self: len(self.twins) < MAX_PARAMS - 1)
     def add_param_group(self, specs, mode, change):
         c = self.changed(self.settings[0], *change)
-        dtype = self.first.params[0].dtype
-        c["master_weights"], c["state_dtype"] = self.mode_for(mode, c, [dtype])
-        n = len(self.twins)
+        dtype, n = self.first.params[0].dtype, len(self.twins)
+        c |= self.modes_for(mode, c, [dtype])
         for side in self.sides:
             params = [self.parameter(side, *spec, dtype, n + k) for k, spec in enumerate(specs)]
             side.optimizer.add_param_group({"params": params, **c})
         self.settings.append(c)
-        for i in range(n, n + len(specs)):
-            self.twins.append(Twin.new(self.first.params[i], self.first.state(i)))
+        for i, param in enumerate(self.first.params[n:], n):
+            self.twins.append(Twin.new(param, self.first.state(i)))
 
     @rule(
         bad=st.sampled_from(
@@ -858,22 +796,8 @@ class Life(RuleBasedStateMachine):
                     param.grad = None  # torch cannot copy it
             side.optimizer, side.around = COPIES[way](side.optimizer), []
 
-    def settle(self, i):
-        """A state dict makes remainders fit what was written."""
-        twin, param = self.twins[i], self.first.params[i]
-        if twin.left is not None:
-            twin.master, twin.left = twin.number, param.detach().clone()
-
-    def forget_what_was_left(self, i):
-        """A remainder that was replaced, or loaded, belongs to the parameter as it will be."""
-        twin, param = self.twins[i], self.first.params[i]
-        if "param_remainder" in self.first.state(i):
-            if twin.left is not None and not torch.equal(twin.number, twin.master):
-                twin.slack = half_ulp(param)
-            twin.left = None
-
     @rule(
-        mode=st.integers(0, 9),
+        mode=modes,
         another_mode=st.booleans(),
         through_torch=st.booleans(),
         swapped=st.booleans(),
@@ -881,53 +805,37 @@ class Life(RuleBasedStateMachine):
     )
     def resume(self, mode, another_mode, through_torch, swapped, max_norm):
         """A new optimizer for the same parameters, of other settings, loads what this one saved."""
-        params = self.first.params
-        if through_torch and any(param.dtype == FP16 for param in params):
-            return  # too narrow for squares
-        if any(
-            twin.states and not {*states_of(self.name, self.c(i))} <= twin.states.keys()
-            for i, twin in enumerate(self.twins)
-        ):
-            return  # incomplete: a momentum, say, since the last step only
-        if through_torch and any(
-            twin.states.keys() - states_of(self.name, self.c(i))
-            for i, twin in enumerate(self.twins)
-        ):
-            return  # torch casts the codes of a momentum that is switched off
-        old, had_master = self.settings, [self.has_master(i) for i in range(len(params))]
-        self.settings = [dict(c) for c in old]
+        names = [{*states_of(self.name, self.c(i))} for i in range(len(self.twins))]
+        for (_, (twin, param)), used in zip(self.twins_and_params, names, strict=True):
+            if twin.states and used - twin.states.keys():
+                return  # incomplete: a momentum, say, since the last step only
+            if through_torch and (param.dtype == FP16 or twin.states.keys() - used):
+                return  # too narrow for squares; and torch casts the codes of what is switched off
+        had_master = [*map(self.has_master, range(len(self.twins)))]
+        kept_before = [self.c(i)["state_dtype"] for i in range(len(self.twins))]
+        saved = [through_file(self.saved(side, through_torch)) for side in self.sides]
         for g, c in enumerate(self.settings):
-            c["max_norm"] = max_norm
-            dtypes = [p.dtype for p, h in zip(params, self.group_index, strict=True) if h == g]
-            if another_mode:
-                c["master_weights"], c["state_dtype"] = self.mode_for(mode, c, dtypes or [FP32])
-        saved = [torch_saved(self.saved(side, through_torch)) for side in self.sides]
-        if swapped:
-            saved.reverse()
-        for side, state_dict in zip(self.sides, saved, strict=True):
+            dtypes = [self.first.params[i].dtype for i in self.members(g)] or [FP32]
+            c |= {"max_norm": max_norm} | (self.modes_for(mode, c, dtypes) if another_mode else {})
+        for side, state_dict in zip(self.sides, saved[:: -1 if swapped else 1], strict=True):
             groups = [
                 {"params": group["params"], **{k: c[k] for k in KEPT}}
                 for group, c in zip(side.optimizer.param_groups, self.settings, strict=True)
             ]
             side.optimizer = self.cls(groups, lr=1.0, backend=side.optimizer.backend)
             side.optimizer.load_state_dict(state_dict, lossy=True)
-        for i, (twin, param) in enumerate(zip(self.twins, params, strict=True)):
+        for i, (twin, param) in self.twins_and_params:
             if through_torch or not (had_master[i] and self.has_master(i)):
                 self.without_master(i)
             kept = self.c(i)["state_dtype"]
-            exact = not twin.rounds and kept in (FP32, old[self.group_index[i]]["state_dtype"])
-            for name in states_of(self.name, self.c(i)):
-                if name not in twin.states:
-                    continue
-                x = twin.states[name]
-                now = state_of(name, self.first.state(i))
-                error = torch.zeros_like(x)
+            exact = not (through_torch or twin.rounds) and kept in (FP32, kept_before[i])
+            for name in names[i] & twin.states.keys():
+                x, now = twin.states[name], state_of(name, self.first.state(i))
                 if through_torch:  # which keeps states in the parameter's dtype
                     x = x.to(param.dtype).double()
                 if param.dtype != FP64:  # it may have been
                     x = x.float().double()
-                if through_torch or not exact:
-                    error = 1.01 * state_error(name, x, kept)
+                error = torch.zeros_like(x) if exact else 1.01 * state_error(name, x, kept)
                 assert ((now - x).abs() <= error).all(), f"{name} of {i} was lost"
                 twin.states[name] = now
             twin.rounds = False
@@ -935,37 +843,30 @@ class Life(RuleBasedStateMachine):
             self.forget_what_was_left(i)
 
     def saved(self, side, through_torch):
-        optimizer = side.optimizer
         if not through_torch:
-            return optimizer.state_dict()
-        groups = [{"params": group["params"]} for group in optimizer.param_groups]
+            return side.optimizer.state_dict()
+        groups = [{"params": group["params"]} for group in side.optimizer.param_groups]
         theirs = torch_class(self.cls)(groups)
-        theirs.load_state_dict(optimizer.torch_state_dict())
+        theirs.load_state_dict(side.optimizer.torch_state_dict())
         return theirs.state_dict()
 
     @rule(what=st.sampled_from(["groups", "hook", "shape", "meta"]))
     def load_that_raises(self, what):
+        name = next(iter(states_of(self.name, self.settings[0])), None)
         for side in self.sides:
-            optimizer = side.optimizer
-            state_dict = optimizer.state_dict()
+            state_dict, hook = side.optimizer.state_dict(), contextlib.nullcontext()
             state_dict["param_groups"][0]["lr"] = 0.5
-            handle = None
             if what == "groups":
                 state_dict["param_groups"] *= 2
             elif what == "hook":
-                handle = optimizer.register_load_state_dict_post_hook(fail)
-                handle.remove()
-                handle = optimizer.register_load_state_dict_pre_hook(fail)
+                hook = side.optimizer.register_load_state_dict_pre_hook(fail)
+            elif name is None:
+                return
             else:
-                name = next(iter(states_of(self.name, self.settings[0])), None)
-                if name is None:
-                    return
-                meta = torch.ones(4, 4, 1, device="meta" if what == "meta" else None)
-                state_dict["state"][0] = {name: meta}
-            with side.raises(RuntimeError, ValueError, HookError):
-                optimizer.load_state_dict(state_dict)
-            if handle:
-                handle.remove()
+                bad = torch.ones(4, 4, 1, device="meta" if what == "meta" else None)
+                state_dict["state"][0] = {name: bad}
+            with hook, side.raises(RuntimeError, ValueError, HookError):
+                side.optimizer.load_state_dict(state_dict)
         for i in range(len(self.twins)):
             self.settle(i)
         count["raises"] += 1
@@ -973,54 +874,38 @@ class Life(RuleBasedStateMachine):
     @rule()
     def look(self):
         """What users read: masters, and states under torch's names."""
+        for i in range(len(self.twins)):
+            self.settle(i)
         for side in self.sides:
-            if side is self.first:
-                for i in range(len(self.twins)):
-                    self.settle(i)
             masters = list(side.optimizer.master_params())
             states = side.optimizer.torch_state_dict()["state"]
             for i, (twin, master) in enumerate(zip(self.twins, masters, strict=True)):
                 assert ((master.double() - twin.number).abs() <= twin.slack).all()
-                for name in states_of(self.name, self.c(i)):
-                    if name in twin.states and not twin.rounds:
+                for name in () if twin.rounds else states_of(self.name, self.c(i)):
+                    if name in twin.states:
                         # The parameter may have been fp64 before.
-                        assert torch.equal(
-                            states[i][name], twin.states[name].to(states[i][name].dtype)
-                        )
+                        wanted = twin.states[name].to(states[i][name].dtype)
+                        assert torch.equal(states[i][name], wanted)
 
     @invariant()
     def same_on_all_backends(self):
         count["actions"] += 1
         first = self.first
         for side in self.sides:
-            assert all((around == 7).all() for around in side.around)
+            assert all((around == FILL).all() for around in side.around)
             assert [settings_of(group) for group in side.optimizer.param_groups] == self.settings
-            assert same(side.optimizer.grad_norm, first.optimizer.grad_norm)
+            assert bits_of(side.optimizer.grad_norm) == bits_of(first.optimizer.grad_norm)
             for i, (param, wanted) in enumerate(zip(side.params, first.params, strict=True)):
-                assert same(param, wanted), f"parameter {i} differs between backends"
+                assert bits_of(param) == bits_of(wanted), f"parameter {i} differs between backends"
                 state, wanted = side.state(i), first.state(i)
                 assert state.keys() == wanted.keys()
                 for key in state:
                     # A number, where the parameter has no gradient, may be left as it is.
                     if key == "step" and float(state[key]) == float(wanted[key]):
                         continue
-                    assert same(state[key], wanted[key]), f"{key} of {i} differs between backends"
-
-
-def live(life, lives, actions, **options):
-    """Runs so many lives, and says what was in them."""
-    count.clear()
-    run_state_machine_as_test(
-        life,
-        settings=settings(
-            max_examples=lives,
-            stateful_step_count=actions,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            **options,
-        ),
-    )
-    print(f"\n{life.__name__}: " + ", ".join(f"{n:,} {what}" for what, n in count.items()))
+                    assert bits_of(state[key]) == bits_of(wanted[key]), (
+                        f"{key} of {i} differs between backends"
+                    )
 
 
 class InterpretedLife(Life):
@@ -1028,27 +913,38 @@ class InterpretedLife(Life):
     largest = 300
 
 
+FAST = {"derandomize": True, "database": None}
+
+
 # Python ignores what interrupts it while it closes a generator.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-def test_lives():
-    live(Life, 80, 20, derandomize=True, database=None)
-
-
-@interpreted
-@pytest.mark.filterwarnings(*MASKED_OUT)
-def test_lives_in_the_interpreter():
-    live(InterpretedLife, 4, 10, derandomize=True, database=None)
-
-
-@pytest.mark.full
-def test_thousands_of_lives():
-    live(Life, 3000, 40)
-
-
-@interpreted
-@pytest.mark.full
-@pytest.mark.filterwarnings(*MASKED_OUT)
-def test_hundreds_of_lives_in_the_interpreter():
-    live(InterpretedLife, 200, 20)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("life", "lives", "actions", "options"),
+    [
+        pytest.param(Life, 80, 20, FAST, id="lives"),
+        pytest.param(Life, 3000, 40, {}, id="thousands", marks=pytest.mark.full),
+        pytest.param(
+            InterpretedLife, 4, 10, FAST, id="interpreted", marks=[interpreted, *masked_out]
+        ),
+        pytest.param(
+            InterpretedLife,
+            200,
+            20,
+            {},
+            id="hundreds interpreted",
+            marks=[pytest.mark.full, interpreted, *masked_out],
+        ),
+    ],
+)
+def test_lives(life, lives, actions, options):
+    """The counts say what was in them."""
+    count.clear()
+    life.TestCase.settings = settings(
+        max_examples=lives,
+        stateful_step_count=actions,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        **options,
+    )
+    life.TestCase().runTest()
+    print(f"\n{life.__name__}: " + ", ".join(f"{n:,} {what}" for what, n in count.items()))
