@@ -218,6 +218,9 @@ class Side:
     def params(self):
         return parameters(self.optimizer)
 
+    def group_of(self, i):
+        return [group for group in self.optimizer.param_groups for _ in group["params"]][i]
+
     def state(self, i):
         return self.optimizer.state.get(self.params[i], {})
 
@@ -261,52 +264,42 @@ def freed(param):
     return grad
 
 
-def spoiled(attribute, change):
-    def spoil(patch, side, i):
-        patch.setattr(side.params[i], attribute, change(side.params[i]))
-
-    return spoil
-
-
-def spoiled_setting(key, value):
-    def spoil(patch, side, i):
-        groups = [group for group in side.optimizer.param_groups for _ in group["params"]]
-        patch.setitem(groups[i], key, value)
-
-    return spoil
-
-
-def spoiled_state(change):
-    def spoil(patch, side, i):
-        patch.setitem(side.optimizer.state, side.params[i], change(side.state(i)))
-
-    return spoil
-
-
-def spoiled_hook(patch, side, i):
-    patch.setitem(side.optimizer._optimizer_step_pre_hooks, "fails", fail)
-
-
-#: What makes a step raise, for a parameter that has a gradient, until the patch is undone.
+#: What makes a step raise: where it is put, for a parameter that has a gradient, and what.
 FAULTS = {
-    "sparse gradient": spoiled("grad", lambda param: torch.ones_like(param).to_sparse()),
-    "freed gradient": spoiled("grad", freed),
-    "another shape": spoiled("data", lambda param: param.data.new_zeros((3, *param.shape))),
-    "another dtype": spoiled("data", lambda p: p.data.to(FP16 if p.dtype == FP64 else FP64)),
-    "expanded": spoiled("data", lambda p: p.data.new_zeros((1,) * p.ndim).expand(p.shape)),
-    "nan lr": spoiled_setting("lr", math.nan),
-    "infinite weight_decay": spoiled_setting("weight_decay", math.inf),
-    "nan max_norm": spoiled_setting("max_norm", math.nan),
-    "negative clip_value": spoiled_setting("clip_value", -1.0),
-    "bad seed": spoiled_setting("seed", -1),
-    "bad state_dtype": spoiled_setting("state_dtype", torch.int8),
-    "bad master_weights": spoiled_setting("master_weights", "half"),
-    "bad state": spoiled_state(lambda state: dict.fromkeys(state, torch.ones(4, 4, 1))),
-    "nan as a step": spoiled_state(lambda state: {**state, "step": math.nan}),
-    "text as a step": spoiled_state(lambda state: {**state, "step": "three"}),
-    "hook": spoiled_hook,
-    "closure": lambda patch, side, i: None,
+    "sparse gradient": ("grad", lambda param: torch.ones_like(param).to_sparse()),
+    "freed gradient": ("grad", freed),
+    "another shape": ("data", lambda param: param.data.new_zeros((3, *param.shape))),
+    "another dtype": ("data", lambda param: param.data.to(FP16 if param.dtype == FP64 else FP64)),
+    "expanded": ("data", lambda param: param.data.new_zeros((1,) * param.ndim).expand_as(param)),
+    "nan lr": ("lr", math.nan),
+    "infinite weight_decay": ("weight_decay", math.inf),
+    "nan max_norm": ("max_norm", math.nan),
+    "negative clip_value": ("clip_value", -1.0),
+    "bad seed": ("seed", -1),
+    "bad state_dtype": ("state_dtype", torch.int8),
+    "bad master_weights": ("master_weights", "half"),
+    "bad state": ("state", lambda state: dict.fromkeys(state, torch.ones(4, 4, 1))),
+    "nan as a step": ("state", lambda state: {**state, "step": math.nan}),
+    "text as a step": ("state", lambda state: {**state, "step": "three"}),
+    "hook": ("hook", None),
+    "closure": ("closure", None),
 }
+
+
+@contextlib.contextmanager
+def spoiled(side, i, fault):
+    """A parameter, its state, its group or its optimizer has a fault for a while."""
+    (where, bad), param = FAULTS[fault], side.params[i]
+    with pytest.MonkeyPatch.context() as patch:
+        if where in ("grad", "data"):
+            patch.setattr(param, where, bad(param))
+        elif where == "state":
+            patch.setitem(side.optimizer.state, param, bad(side.state(i)))
+        elif where == "hook":
+            patch.setitem(side.optimizer._optimizer_step_pre_hooks, "fails", fail)
+        elif where != "closure":
+            patch.setitem(side.group_of(i), where, bad)
+        yield
 
 
 def give(param, grad):
@@ -323,12 +316,14 @@ COPIES = {
     "torch.save": lambda optimizer: through_file(optimizer, weights_only=False),
 }
 
-specs = st.tuples(st.sampled_from(SHAPES), st.sampled_from(LAYOUTS))
+flags = st.booleans()
+one_of = st.sampled_from
+specs = st.tuples(one_of(SHAPES), one_of(LAYOUTS))
 seeds = st.integers(0, 99)
 places = st.integers(0, MAX_PARAMS - 1)
 modes = st.integers(0, 9)
-grad_kinds = st.lists(st.sampled_from(GRADS), min_size=MAX_PARAMS, max_size=MAX_PARAMS)
-a_change = st.tuples(st.sampled_from([*CHANGES]), st.integers(0, 3))
+grad_kinds = st.lists(one_of(GRADS), min_size=MAX_PARAMS, max_size=MAX_PARAMS)
+a_change = st.tuples(one_of([*CHANGES]), st.integers(0, 3))
 
 
 class Life(RuleBasedStateMachine):
@@ -345,15 +340,15 @@ class Life(RuleBasedStateMachine):
         self.machine.close()
 
     @initialize(
-        case=st.sampled_from(CASES),
-        dtype=st.sampled_from([FP32, FP32, BF16, BF16, FP16, FP64]),
+        case=one_of(CASES),
+        dtype=one_of([FP32, FP32, BF16, BF16, FP16, FP64]),
         mode=modes,
         groups=st.lists(st.lists(specs, min_size=1, max_size=3), min_size=1, max_size=2),
         changes=st.lists(a_change, max_size=4),
-        tensor_lr=st.booleans(),
-        auto=st.booleans(),
+        tensor_lr=flags,
+        auto=flags,
         threads=st.integers(1, 3),
-        isa=st.sampled_from(ISAS),
+        isa=one_of(ISAS),
     )
     def create(self, case, dtype, mode, groups, changes, tensor_lr, auto, threads, isa):
         count["lives"] += 1
@@ -539,12 +534,7 @@ class Life(RuleBasedStateMachine):
             twin.number, twin.slack, twin.rounds, twin.is_left_over = number, 0.0, False, False
             twin.master, twin.left = number, param.detach().clone()
 
-    @rule(
-        kinds=grad_kinds,
-        seed=seeds,
-        scale=st.sampled_from([1.0, 0.01, 30.0]),
-        closure=st.booleans(),
-    )
+    @rule(kinds=grad_kinds, seed=seeds, scale=one_of([1.0, 0.01, 30.0]), closure=flags)
     def step(self, kinds, seed, scale, closure):
         for side in self.sides:
             if closure:
@@ -555,11 +545,11 @@ class Life(RuleBasedStateMachine):
         self.made_step(self.gradients())
 
     @rule(
-        fault=st.sampled_from([*FAULTS]),
+        fault=one_of([*FAULTS]),
         i=places,
         kinds=grad_kinds,
         seed=seeds,
-        as_is=st.booleans(),
+        as_is=flags,
         then=grad_kinds,
     )
     def step_that_raises(self, fault, i, kinds, seed, as_is, then):
@@ -569,10 +559,8 @@ class Life(RuleBasedStateMachine):
             return
         for side in self.sides:
             self.give_gradients(side, [*kinds[:i], "new", *kinds[i + 1 :]], seed)
-            with pytest.MonkeyPatch.context() as patch:
-                FAULTS[fault](patch, side, i)
-                with side.raises(RuntimeError, ValueError, HookError):
-                    side.optimizer.step(*[fail] * (fault == "closure"))
+            with spoiled(side, i, fault), side.raises(RuntimeError, ValueError, HookError):
+                side.optimizer.step(*[fail] * (fault == "closure"))
         count["raises"] += 1
         self.step(["keep"] * MAX_PARAMS if as_is else then, seed + 1, 1.0, False)
 
@@ -583,8 +571,7 @@ class Life(RuleBasedStateMachine):
                 state_of(name, state) is not None for name in states_of(self.name, self.c(i))
             )
         if fault == "another dtype":  # allowed where the gradient's was set
-            with pytest.MonkeyPatch.context() as patch:
-                FAULTS[fault](patch, self.first, i)
+            with spoiled(self.first, i, fault):
                 return getattr(param, "grad_dtype", param.dtype) == param.dtype
         needs = {"sparse gradient": param.ndim > 0, "freed gradient": param.numel() > 0}
         return {**needs, "expanded": param.numel() > 1}.get(fault, True)
@@ -612,10 +599,10 @@ class Life(RuleBasedStateMachine):
         self.made_step(self.gradients())
 
     @rule(
-        scaler=st.sampled_from([torch.amp.GradScaler, fastopt.GradScaler]),
+        scaler=one_of([torch.amp.GradScaler, fastopt.GradScaler]),
         kinds=grad_kinds,
         seed=seeds,
-        overflow=st.sampled_from([None, None, math.inf, math.nan]),
+        overflow=one_of([None, None, math.inf, math.nan]),
         i=places,
     )
     def scaled_step(self, scaler, kinds, seed, overflow, i):
@@ -669,15 +656,13 @@ class Life(RuleBasedStateMachine):
     @rule(g=places, mode=modes)
     def change_the_mode(self, g, mode):
         g %= len(self.settings)
-        before, had_master = (
-            self.settings[g]["state_dtype"],
-            [*map(self.has_master, self.members(g))],
-        )
-        dtypes = [self.first.params[i].dtype for i in self.members(g)] or [FP32]
+        members, before = self.members(g), self.settings[g]["state_dtype"]
+        had_master = [*map(self.has_master, members)]
+        dtypes = [self.first.params[i].dtype for i in members] or [FP32]
         modes = self.modes_for(mode, self.settings[g], dtypes)
         for group in (self.settings[g], *(side.optimizer.param_groups[g] for side in self.sides)):
             group.update(modes)
-        for i, had in zip(self.members(g), had_master, strict=True):
+        for i, had in zip(members, had_master, strict=True):
             self.twins[i].rounds |= modes["state_dtype"] not in (FP32, before)
             self.twins[i].is_left_over = True
             if not (had and self.has_master(i)):
@@ -685,8 +670,8 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         i=places,
-        way=st.sampled_from(["copy_", "part", ".data", "a moment", "new data", "moved"]),
-        layout=st.sampled_from(LAYOUTS),
+        way=one_of(["copy_", "part", ".data", "a moment", "new data", "moved"]),
+        layout=one_of(LAYOUTS),
         seed=seeds,
     )
     @torch.no_grad()
@@ -718,7 +703,7 @@ class Life(RuleBasedStateMachine):
             as_left = unwritten(param.detach(), twin.left)
             twin.number = torch.where(as_left, twin.master, in_fp64(param))
 
-    @rule(dtype=st.sampled_from([FP16, BF16, FP32, FP64]), g=places)
+    @rule(dtype=one_of([FP16, BF16, FP32, FP64]), g=places)
     def cast(self, dtype, g):
         """A group, as `model.to(dtype)` does."""
         g %= len(self.settings)
@@ -734,7 +719,7 @@ class Life(RuleBasedStateMachine):
             self.without_master(i)
             self.twins[i].is_left_over = True
 
-    @rule(i=places, way=st.sampled_from(["delete", "clear", "replace", "move", "number"]))
+    @rule(i=places, way=one_of(["delete", "clear", "replace", "move", "number"]))
     def touch_states(self, i, way):
         i = self.place(i)
         for side in self.sides:
@@ -774,10 +759,10 @@ class Life(RuleBasedStateMachine):
             self.twins.append(Twin.new(param, self.first.state(i)))
 
     @rule(
-        bad=st.sampled_from(
+        bad=one_of(
             [{"lr": -1.0}, {"max_norm": -1.0}, {"state_dtype": "4bit"}, {"master_weights": "half"}]
         ),
-        known=st.booleans(),
+        known=flags,
     )
     def add_a_bad_group(self, bad, known):
         for side in self.sides:
@@ -788,7 +773,7 @@ class Life(RuleBasedStateMachine):
 
     # Into other optimizers.
 
-    @rule(way=st.sampled_from([*COPIES]))
+    @rule(way=one_of([*COPIES]))
     def copy(self, way):
         for side in self.sides:
             for param in side.params:
@@ -798,10 +783,10 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         mode=modes,
-        another_mode=st.booleans(),
-        through_torch=st.booleans(),
-        swapped=st.booleans(),
-        max_norm=st.sampled_from(CHANGES["max_norm"]),
+        another_mode=flags,
+        through_torch=flags,
+        swapped=flags,
+        max_norm=one_of(CHANGES["max_norm"]),
     )
     def resume(self, mode, another_mode, through_torch, swapped, max_norm):
         """A new optimizer for the same parameters, of other settings, loads what this one saved."""
@@ -850,7 +835,7 @@ class Life(RuleBasedStateMachine):
         theirs.load_state_dict(side.optimizer.torch_state_dict())
         return theirs.state_dict()
 
-    @rule(what=st.sampled_from(["groups", "hook", "shape", "meta"]))
+    @rule(what=one_of(["groups", "hook", "shape", "meta"]))
     def load_that_raises(self, what):
         name = next(iter(states_of(self.name, self.settings[0])), None)
         for side in self.sides:
@@ -913,38 +898,37 @@ class InterpretedLife(Life):
     largest = 300
 
 
-FAST = {"derandomize": True, "database": None}
-
-
 # Python ignores what interrupts it while it closes a generator.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize(
-    ("life", "lives", "actions", "options"),
-    [
-        pytest.param(Life, 80, 20, FAST, id="lives"),
-        pytest.param(Life, 3000, 40, {}, id="thousands", marks=pytest.mark.full),
-        pytest.param(
-            InterpretedLife, 4, 10, FAST, id="interpreted", marks=[interpreted, *masked_out]
-        ),
-        pytest.param(
-            InterpretedLife,
-            200,
-            20,
-            {},
-            id="hundreds interpreted",
-            marks=[pytest.mark.full, interpreted, *masked_out],
-        ),
-    ],
-)
-def test_lives(life, lives, actions, options):
-    """The counts say what was in them."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    *masked_out,
+]
+
+
+def live(life, lives, actions, **options):
+    """Runs so many lives, and says what was in them."""
     count.clear()
-    life.TestCase.settings = settings(
-        max_examples=lives,
-        stateful_step_count=actions,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        **options,
-    )
+    options |= {"deadline": None, "suppress_health_check": list(HealthCheck)}
+    life.TestCase.settings = settings(max_examples=lives, stateful_step_count=actions, **options)
     life.TestCase().runTest()
     print(f"\n{life.__name__}: " + ", ".join(f"{n:,} {what}" for what, n in count.items()))
+
+
+def test_lives():
+    live(Life, 80, 20, derandomize=True, database=None)
+
+
+@interpreted
+def test_lives_in_the_interpreter():
+    live(InterpretedLife, 4, 10, derandomize=True, database=None)
+
+
+@pytest.mark.full
+def test_thousands_of_lives():
+    live(Life, 3000, 40)
+
+
+@interpreted
+@pytest.mark.full
+def test_hundreds_of_lives_in_the_interpreter():
+    live(InterpretedLife, 200, 20)
