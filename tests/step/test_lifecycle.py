@@ -453,7 +453,8 @@ class Life(RuleBasedStateMachine):
             if kind == "keep":
                 continue
             values = random(param.shape, 100 * seed + i, scale).to(param.dtype)
-            if kind == "in place" and grad is not None and grad.is_contiguous() > grad.is_neg():
+            takes_writes = grad is not None and grad.is_contiguous() and not grad.is_neg()
+            if kind == "in place" and takes_writes:
                 grad.copy_(values)
                 continue
             if kind == "none":
