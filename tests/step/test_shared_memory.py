@@ -1,9 +1,11 @@
 """Tensors that share memory: the result does not depend on what is written first, or the step
 raises before it has changed anything. And thousands of odd ones, in no quadratic time."""
 
+import re
+
 import pytest
 import torch
-from helpers import BACKENDS, assert_same_bits, interpreted, masked_out
+from helpers import BACKENDS, assert_same_bits, interpreted, masked_out, unchanged
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.two_tensor import TwoTensor
@@ -32,108 +34,75 @@ def new_optimizer(backend, cls=fastopt.AdamW, n=2, **settings):
     return optimizer, params
 
 
-def transposed(params, state):
-    params[0].grad = params[0].detach().t()
-
-
 def shifted(params, state):
     buffer = numbers(7, 6)
     params[0].data = buffer[:6]
-    params[0].grad = buffer[1:]
-
-
-def expanded(params, state):
-    params[0].grad = params[0].detach()[0].expand(6, 6)
-
-
-def another_parameter(params, state):
-    params[0].grad = params[1].detach()
-
-
-def part_of_another_parameter(params, state):
-    buffer = numbers(9, 6)
-    params[1].data = buffer[:6]
-    params[0].grad = buffer[3:]
+    return buffer[1:]
 
 
 def interleaved(params, state):
     """The gradient's odd columns are the parameter's even ones."""
     buffer = numbers(6, 14)
     params[0].data = buffer[:, 0:12:2]
-    params[0].grad = buffer[:, 2:14:2]
+    return buffer[:, 2:14:2]
 
 
-def own_state(params, state):
-    params[0].grad = state[params[0]]["exp_avg"].t()
-
-
-def anothers_state(params, state):
-    params[0].grad = state[params[1]]["exp_avg_sq"]
+def part_of_another_parameter(params, state):
+    buffer = numbers(9, 6)
+    params[1].data = buffer[:6]
+    return buffer[3:]
 
 
 def of_two_parameters(params, state):
     """A gradient that is the parameter, which another one overlaps."""
     params[1].data = params[0].data
-    params[0].grad = params[0].detach()
+    return params[0].detach()
 
 
-def state_of_two(params, state):
-    state[params[0]]["exp_avg"] = state[params[1]]["exp_avg"]
-
-
-def state_that_is_two(params, state):
-    state[params[0]]["exp_avg"] = state[params[0]]["exp_avg_sq"]
-
-
-def state_in_a_parameter(params, state):
-    state[params[0]]["exp_avg"] = params[1].detach()
-
-
-def step_in_a_parameter(params, state):
-    state[params[0]]["step"] = params[0].detach()[0, 0]
-
-
-GRADIENT = "parameter 0 of group 0, of shape (6, 6), has a gradient that shares memory with "
-STATE = "parameter 0 of group 0, of shape (6, 6), has a state 'exp_avg' that shares memory with "
-ONE = "parameter 1 of group 0, of shape (6, 6)"
-ILL_DEFINED = {
-    transposed: GRADIENT + "the parameter itself, in another arrangement: clone it",
-    shifted: GRADIENT + "the parameter itself, in another arrangement: clone it",
-    expanded: GRADIENT + "the parameter itself, in another arrangement: clone it",
-    interleaved: GRADIENT + "the parameter itself, in another arrangement: clone it",
-    another_parameter: f"{GRADIENT}{ONE}: clone it",
-    part_of_another_parameter: f"{GRADIENT}{ONE}: clone it",
-    own_state: GRADIENT + "its state 'exp_avg': clone it",
-    anothers_state: f"{GRADIENT}the state 'exp_avg_sq' of {ONE}: clone it",
-    of_two_parameters: f"{GRADIENT}{ONE}: clone it",
-    state_of_two: "has a state 'exp_avg' that shares memory with the state 'exp_avg' of parameter ",
-    state_that_is_two: "that shares memory with its state ",
-    state_in_a_parameter: f"{STATE}{ONE}: clone it",
-    step_in_a_parameter: "a state 'step' that shares memory with the parameter itself: clone it",
-}
+ITSELF = "the parameter itself, in another arrangement"
+ZERO, ONE = (f"parameter {k} of group 0, of shape (6, 6)" for k in (0, 1))
+#: What becomes the gradient or a state of the first parameter, and with what it shares memory.
+ILL_DEFINED = [
+    ("grad", lambda params, _: params[0].detach().t(), ITSELF),
+    ("grad", shifted, ITSELF),
+    ("grad", lambda params, _: params[0].detach()[0].expand(6, 6), ITSELF),
+    ("grad", interleaved, ITSELF),
+    ("grad", lambda params, _: params[1].detach(), ONE),
+    ("grad", part_of_another_parameter, ONE),
+    ("grad", of_two_parameters, ONE),
+    ("grad", lambda params, state: state[params[0]]["exp_avg"].t(), "its state 'exp_avg'"),
+    (
+        *("grad", lambda params, state: state[params[1]]["exp_avg_sq"]),
+        f"the state 'exp_avg_sq' of {ONE}",
+    ),
+    (
+        "exp_avg",
+        lambda params, state: state[params[1]]["exp_avg"],
+        f"the state 'exp_avg' of {ZERO}",
+    ),
+    ("exp_avg_sq", lambda params, state: state[params[0]]["exp_avg"], "its state 'exp_avg'"),
+    ("exp_avg", lambda params, _: params[1].detach(), ONE),
+    ("step", lambda params, _: params[0].detach()[0, 0], "the parameter itself"),
+]
 
 
 @each_backend
-@pytest.mark.parametrize("share", ILL_DEFINED, ids=lambda share: share.__name__)
-def test_ill_defined(share, backend):
+@pytest.mark.parametrize(("key", "share", "whose"), ILL_DEFINED)
+def test_ill_defined(key, share, whose, backend):
     optimizer, params = new_optimizer(backend)
-    share(params, optimizer.state)
-    arrays = [value for param in params for value in optimizer.state[param].values()]
-    arrays += [tensor for param in params for tensor in (param.detach(), param.grad)]
-    before = [array.clone() for array in arrays]
+    shared = share(params, optimizer.state)
+    if key == "grad":
+        params[0].grad = shared
+    else:
+        optimizer.state[params[0]][key] = shared
+    grads = [param.grad.clone() for param in params]
+    what = "a gradient" if key == "grad" else f"a state '{key}'"
+    place = ONE if ZERO in whose else ZERO
+    message = f"{place}, has {what} that shares memory with {whose}: clone it"
     for _ in range(2):
-        with pytest.raises(RuntimeError) as raised:
+        with unchanged(optimizer), pytest.raises(RuntimeError, match=re.escape(message)):
             optimizer.step()
-        assert ILL_DEFINED[share] in str(raised.value)
-        assert_same_bits(arrays, before)
-
-
-def same(params, state):
-    params[0].grad = params[0].detach()
-
-
-def same_as_a_state(params, state):
-    params[0].grad = state[params[0]]["exp_avg"]
+        assert_same_bits([param.grad for param in params], grads)
 
 
 def columns(params, state):
@@ -146,25 +115,32 @@ def columns(params, state):
         state[param]["exp_avg_sq"] = buffer[..., 6 + i].zero_()
 
 
-def one_gradient(params, state):
-    params[1].grad = params[0].grad
-
-
 def rows(params, state):
     buffer = numbers(4, 6, 6)
     for i, param in enumerate(params):
         param.data, param.grad = buffer[i], buffer[2 + i]
 
 
+WELL_DEFINED = {
+    "the same": lambda params, _: setattr(params[0], "grad", params[0].detach()),
+    "the same as a state": lambda params, state: setattr(
+        params[0], "grad", state[params[0]]["exp_avg"]
+    ),
+    "one gradient": lambda params, _: setattr(params[1], "grad", params[0].grad),
+    "columns": columns,
+    "rows": rows,
+}
+
+
 @each_backend
-@pytest.mark.parametrize("share", [same, same_as_a_state, columns, one_gradient, rows])
-def test_well_defined(share, backend):
+@pytest.mark.parametrize("name", WELL_DEFINED)
+def test_well_defined(name, backend):
     """The same bits as without sharing."""
 
     def after_steps(shares):
         optimizer, params = new_optimizer(backend, lr=0.1)
         for _ in range(2):
-            share(params, optimizer.state)
+            WELL_DEFINED[name](params, optimizer.state)
             if not shares:
                 for param in params:
                     param.grad = param.grad.clone()
@@ -190,10 +166,11 @@ def test_in_a_later_step_of_one_plan(backend):
             params[2].grad = params[2].detach()
             optimizer.step()
         params[1].grad = params[0].detach()
-        before = [param.detach().clone() for param in params]
-        with pytest.raises(RuntimeError, match="parameter 1 .* shares memory with parameter 0 "):
+        refused = pytest.raises(
+            RuntimeError, match="parameter 1 .* shares memory with parameter 0 "
+        )
+        with unchanged(optimizer), refused:
             optimizer.step()
-        assert_same_bits([param.detach() for param in params], before)
 
 
 @each_backend
@@ -257,12 +234,11 @@ def in_order(extents, active):
     """Waves by their definition: quadratic."""
     found = [-1] * len(extents)
     for k, i in enumerate(active):
-        earlier = [
-            found[j]
-            for j in active[:k]
-            if max(extents[i][0], extents[j][0]) < min(extents[i][1], extents[j][1])
+        begin, end = extents[i]
+        waves = [
+            found[j] for j in active[:k] if max(begin, extents[j][0]) < min(end, extents[j][1])
         ]
-        found[i] = max(earlier, default=-1) + 1
+        found[i] = max(waves, default=-1) + 1
     return found
 
 
@@ -274,13 +250,19 @@ def test_waves(tensors):
     assert _C.waves(extents, list(active)) == in_order(extents, active)
 
 
-@pytest.mark.parametrize("stride", [2, 3, 4])  # in pairs, as a chain, none
-def test_many_waves(stride):
-    n = 20_000
-    begins = [8 * (i // 2) + i % 2 if stride == 2 else stride * i for i in range(n)]
+#: Where one of 20,000 arrays of length 4 begins, and its wave: in pairs, as a chain, apart.
+MANY = {
+    "pairs": lambda i: (8 * (i // 2) + i % 2, i % 2),
+    "chain": lambda i: (3 * i, i),
+    "apart": lambda i: (4 * i, 0),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_waves(name):
+    begins, wanted = zip(*map(MANY[name], range(20_000)), strict=True)
     extents = [(begin, begin + 4) for begin in begins]
-    wanted = [i if stride == 3 else i % 2 if stride == 2 else 0 for i in range(n)]
-    assert _C.waves(extents, list(range(n))) == wanted
+    assert _C.waves(extents, list(range(20_000))) == list(wanted)
 
 
 @settings(deadline=None, max_examples=100)
@@ -301,20 +283,24 @@ def test_overlapping_parameters(places):
     assert_same_bits(after_steps("cpp"), after_steps("reference"))
 
 
-OVERLAPS = {"pairs": (lambda i: 3 * (i // 2) + i % 2, 2), "chain": (lambda i: i, 2)}
+#: Where one of 20,000 parameters begins, and how long each is.
+OVERLAPS = {
+    "pairs": (lambda i: 3 * (i // 2) + i % 2, 2),
+    "chain": (lambda i: i, 2),
+    "same": (lambda i: 0, 1),
+}
 
 
-@pytest.mark.parametrize("overlap", [*OVERLAPS, "same"])
+@pytest.mark.parametrize("overlap", OVERLAPS)
 def test_many_overlapping_parameters(overlap):
-    """20,000: in pairs, each with the next one, all."""
-    begin, size = OVERLAPS.get(overlap, (lambda i: 0, 1))
-    n = 20_000
-    buffer, wanted = torch.zeros(2, begin(n) + size)
-    params = [buffer[begin(i) : begin(i) + size].requires_grad_() for i in range(n)]
+    begin, size = OVERLAPS[overlap]
+    places = [slice(begin(i), begin(i) + size) for i in range(20_000)]
+    buffer, wanted = torch.zeros(2, places[-1].stop)
+    params = [buffer[place].requires_grad_() for place in places]
     grad = torch.ones(size)
-    for i, param in enumerate(params):
+    for param, place in zip(params, places, strict=True):
         param.grad = grad
-        wanted[begin(i) : begin(i) + size] -= 1
+        wanted[place] -= 1
     optimizer = fastopt.SGD(params, lr=1.0)
     for steps in (1, 2):
         optimizer.step()
