@@ -5,6 +5,8 @@ import copy
 import importlib
 import io
 import itertools
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,6 +107,19 @@ def through_file(obj, weights_only=True):
     torch.save(obj, file)
     file.seek(0)
     return torch.load(file, weights_only=weights_only)
+
+
+def run_file(file, *args, **environment):
+    """Runs a test file as a script, in a process of its own because it may crash."""
+    path = os.pathsep.join(filter(None, sys.path))
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", file, *args],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+    )
+    output = (found.stdout + found.stderr).decode()
+    assert found.returncode == 0, f"exit status {found.returncode}: {output}"
+    print(output)
 
 
 @contextlib.contextmanager

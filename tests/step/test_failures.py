@@ -3,6 +3,7 @@ one is right."""
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import shutil
@@ -14,13 +15,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Interruption, new_params, set_grads
+from helpers import (
+    BACKENDS,
+    BF16,
+    FP32,
+    Interruption,
+    new_params,
+    parameters,
+    run_file,
+    set_grads,
+)
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastopt
 
-BF16 = torch.bfloat16
 SHAPES = [(5, 3), (), (300,), (0,)]
+
+
+def new(cls, dtype=FP32, **settings):
+    return cls(new_params(SHAPES, dtype), lr=0.1, **settings)
 
 
 def negated(params):
@@ -28,50 +41,34 @@ def negated(params):
     params[0].grad = torch._neg_view(-params[0].grad)
 
 
-def wrapped(shapes):
-    """Of which the first is a wrapper, for the reference."""
-    first, *others = new_params(shapes)
-    return [torch.nn.Parameter(TwoTensor(first.detach(), first.detach().clone())), *others]
-
-
-def adamw(backend, dtype=torch.float32, **settings):
-    return lambda: fastopt.AdamW(new_params(SHAPES, dtype), lr=0.1, backend=backend, **settings)
-
-
-def sgd(backend, new_params=new_params, **settings):
-    return lambda: fastopt.SGD(
-        new_params(SHAPES), lr=0.1, momentum=0.9, dampening=0.5, backend=backend, **settings
-    )
+def with_a_wrapper(**settings):
+    """For the reference alone."""
+    first, *others = new_params(SHAPES)
+    wrapper = torch.nn.Parameter(TwoTensor(first.detach(), first.detach().clone()))
+    return fastopt.SGD([wrapper, *others], lr=0.1, **settings)
 
 
 def two_groups():
     params = new_params(SHAPES, BF16)
-    return fastopt.RMSprop(
-        [{"params": params[:2]}, {"params": params[2:], "lr": 0.5, "state_dtype": BF16}],
-        momentum=0.9,
-        max_norm=1.0,
-        backend="cpp",
-    )
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5, "state_dtype": BF16}]
+    return fastopt.RMSprop(groups, momentum=0.9, max_norm=1.0, backend="cpp")
 
 
-#: Optimizers, and what is done to their gradients before each step.
+adamw, sgd = functools.partial(new, fastopt.AdamW), functools.partial(new, fastopt.SGD)
+MOMENTUM = {"momentum": 0.9, "dampening": 0.5}
+SPLIT = {"dtype": BF16, "state_dtype": "8bit"}
+#: Functions that make an optimizer, and their settings.
 CASES = {
-    **{
-        f"AdamW, {backend}": (adamw(backend, max_norm=0.1), None)
-        for backend in ("cpp", "reference")
-    },
-    **{f"SGD, {backend}": (sgd(backend), None) for backend in ("cpp", "reference")},
-    **{
-        f"AdamW split 8 bits, {backend}": (adamw(backend, BF16, state_dtype="8bit"), None)
-        for backend in ("cpp", "reference")
-    },
-    "RMSprop in two groups": (two_groups, None),
-    "SGD, one parameter on the reference": (sgd("auto", max_norm=1.0), negated),
-    "AdamW split 8 bits, one on the reference": (adamw("auto", BF16, state_dtype="8bit"), negated),
-    "SGD, a wrapper": (sgd("auto", wrapped), None),
+    **{f"AdamW, {name}": (adamw, {"max_norm": 0.1, "backend": name}) for name in BACKENDS},
+    **{f"SGD, {name}": (sgd, {**MOMENTUM, "backend": name}) for name in BACKENDS},
+    **{f"AdamW split 8 bits, {name}": (adamw, {**SPLIT, "backend": name}) for name in BACKENDS},
+    "RMSprop in two groups": (two_groups, {}),
+    "SGD, one parameter on the reference": (sgd, {**MOMENTUM, "max_norm": 1.0}),
+    "AdamW split 8 bits, one on the reference": (adamw, SPLIT),
+    "SGD, a wrapper": (with_a_wrapper, MOMENTUM),
     "Adagrad, stochastic": (
-        lambda: fastopt.Adagrad(new_params(SHAPES, BF16), lr=0.1, master_weights="stochastic"),
-        None,
+        new,
+        {"cls": fastopt.Adagrad, "dtype": BF16, "master_weights": "stochastic"},
     ),
 }
 
@@ -84,11 +81,10 @@ def bits(optimizer):
         x = torch.as_tensor(x).detach().contiguous()
         return x.dtype, x.reshape(-1).view(torch.uint8).numpy().tobytes()
 
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    states = [optimizer.state.get(param, {}) for param in params]
+    states = optimizer.state
     return [
-        (of(param), {key: of(value) for key, value in state.items()})
-        for param, state in zip(params, states, strict=True)
+        (of(param), {key: of(value) for key, value in states.get(param, {}).items()})
+        for param in parameters(optimizer)
     ]
 
 
@@ -96,7 +92,9 @@ class Runs:
     """An optimizer that makes ``before`` steps, and then one that may be interrupted."""
 
     def __init__(self, case, before):
-        self.make, self.spoil = CASES[case]
+        make, settings = CASES[case]
+        self.make = functools.partial(make, **settings)
+        self.spoils = "on the reference" in case
         self.before = before
         whole = self.at_the_step()
         self.bits = [bits(whole)]
@@ -106,10 +104,9 @@ class Runs:
             self.bits.append(bits(whole))
 
     def give_gradients(self, optimizer, step):
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        set_grads(params, step)
-        if self.spoil:
-            self.spoil(params)
+        set_grads(parameters(optimizer), step)
+        if self.spoils:
+            negated(parameters(optimizer))
 
     def at_the_step(self):
         optimizer = self.make()
@@ -132,7 +129,13 @@ class Runs:
         return made
 
 
-def interrupt(case, before, sample, opcodes=False):
+FULL = [pytest.param(before, 500, True, marks=pytest.mark.full) for before in (0, 1, 3)]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("before", "sample", "opcodes"), [(0, 40, False), (2, 40, False), *FULL])
+def test_interrupted_in_python(case, before, sample, opcodes):
     """At a sample of the places in a step, and at each of the last ones, where it is made."""
     runs = Runs(case, before)
     optimizer = runs.at_the_step()
@@ -151,25 +154,6 @@ def interrupt(case, before, sample, opcodes=False):
     print(f"\n{case}, after {before} steps: {len(places)} places, at {made} the step was made")
 
 
-each_case = pytest.mark.parametrize("case", CASES)
-ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@each_case
-@ignored
-@pytest.mark.parametrize("before", [0, 2])
-def test_interrupted_somewhere_in_python(case, before):
-    interrupt(case, before, 40)
-
-
-@each_case
-@ignored
-@pytest.mark.full
-@pytest.mark.parametrize("before", [0, 1, 3])
-def test_interrupted_at_instructions_of_python(case, before):
-    interrupt(case, before, 500, opcodes=True)
-
-
 @pytest.fixture(scope="session")
 def failing_new(tmp_path_factory):
     compiler = shutil.which("c++")
@@ -182,21 +166,8 @@ def failing_new(tmp_path_factory):
     return library
 
 
-def run_this_file(*args, **environment):
-    """In a process of its own, which may crash."""
-    command = [sys.executable, __file__, *args]
-    run = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
-    )
-    output = (run.stdout + run.stderr).decode()
-    assert run.returncode == 0, f"exit status {run.returncode}: {output}"
-    print(output)
-
-
 def test_out_of_memory_in_the_extension(failing_new):
-    run_this_file("allocations", LD_PRELOAD=str(failing_new))
+    run_file(__file__, "allocations", LD_PRELOAD=str(failing_new))
 
 
 def out_of_memory():
@@ -220,15 +191,12 @@ def out_of_memory():
             print(f"{case}, after {before} steps: {allocations} allocations, {made} made")
 
 
-@pytest.mark.parametrize(("backend", "times"), [("cpp", "60"), ("reference", "15")])
+HUNDREDS = [pytest.param(backend, 1000, marks=pytest.mark.full) for backend in BACKENDS]
+
+
+@pytest.mark.parametrize(("backend", "times"), [("cpp", 60), ("reference", 15), *HUNDREDS])
 def test_signals(backend, times):
-    run_this_file("signals", backend, times)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-def test_hundreds_of_signals(backend):
-    run_this_file("signals", backend, "1000")
+    run_file(__file__, "signals", backend, str(times))
 
 
 def signals(backend, times):
@@ -245,13 +213,13 @@ def signals(backend, times):
         return fastopt.AdamW(new_params(shapes, dtype), lr=0.1, max_norm=1.0, backend=backend)
 
     made = 0
-    for dtype in (torch.float32, BF16):
+    for dtype in (FP32, BF16):
         disturbed, model = new(dtype), new(dtype)
         for step in range(times):
             if step % 20 == 0:  # first steps, too
                 disturbed, model = new(dtype), new(dtype)
             for optimizer in (disturbed, model):
-                set_grads(optimizer.param_groups[0]["params"], step)
+                set_grads(parameters(optimizer), step)
             before = bits(model)
             start = time.perf_counter()
             model.step()

@@ -6,13 +6,12 @@ import faulthandler
 import itertools
 import mmap
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import CASES
-from test_lifecycle import ISAS, MODES, suits
+from helpers import CASES, ISAS, run_file
+from test_lifecycle import MODES, suits
 
 import fastopt
 from fastopt.step import dispatch
@@ -107,31 +106,15 @@ def main(lengths, every):
     sys.exit(crashes > 0)
 
 
-def run(*args):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "ignore", __file__, *args]
-    run = subprocess.run(command, env=environment, capture_output=True)
-    output = (run.stdout + run.stderr).decode()
-    assert run.returncode == 0, output
-    print(output)
-
-
 def read_beyond(at_end):
     address = guarded(torch.ones(3), at_end).data_ptr()
     ctypes.string_at(address if at_end else address - 1, 13)
 
 
-def test_guard_pages():
-    run("sample")
-
-
-@pytest.mark.full
-def test_all_guard_pages():
-    run("all")
+@pytest.mark.parametrize("which", ["sample", pytest.param("all", marks=pytest.mark.full)])
+def test_guard_pages(which):
+    run_file(__file__, which)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "all":
-        main(LENGTHS, 1)
-    else:
-        main(SAMPLE, 61)
+    main(*((LENGTHS, 1) if sys.argv[1] == "all" else (SAMPLE, 61)))
