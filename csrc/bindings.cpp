@@ -40,7 +40,7 @@ class Targets {
 
   double power_sum(double order, int threads) const {
     py::gil_scoped_release release;
-    return reduce_grads(params_, Schedule(params_), order, threads);
+    return reduce_grads(params_, Schedule(params_), order, threads).front();
   }
 
   void assign(const py::buffer& row, int threads) const {
@@ -131,6 +131,6 @@ PYBIND11_MODULE(_C, m) {
       .def("pattern", &Plan::pattern)
       .def("grads", &Plan::grads)
       .def("row_of", &Plan::row_of)
-      .def("power_sum", &Plan::power_sum)
+      .def("power_sums", &Plan::power_sums)
       .def("step", &Plan::step);
 }

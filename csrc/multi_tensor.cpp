@@ -49,15 +49,38 @@ void unpack(const Layout& layout, int index, const Operand& operand, int64_t beg
                                     static_cast<int32_t>(n), to);
 }
 
+// Where random numbers come from: those of an element are of its chunk in the whole tensor.
+struct Random {
+  uint64_t seed, step;
+  int param;
+  int64_t offset;  // of the shard
+  int64_t chunk = -1;
+  uint32_t key = 0;  // of that chunk
+
+  uint32_t key_of(int64_t wanted) {
+    if (wanted != chunk) key = random_key(seed, step, param, wanted);
+    chunk = wanted;
+    return key;
+  }
+};
+
 void pack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
-          const float* from, uint32_t key) {
+          const float* from, Random& random) {
   const int packing = static_cast<int>(operand.packing());
   const bool direct = in_place(layout, index, operand);
   uint16_t gathered[kStaged];
-  void* to = direct ? static_cast<void*>(operand.data + begin * operand.row().a_bytes) : gathered;
-  const auto first = static_cast<int32_t>(begin % kChunk);
-  packing_kernels().pack[packing](from, key, first, static_cast<int32_t>(n), to,
-                                  beside(operand, begin), sums(operand, begin));
+  char* to = direct ? operand.data + begin * operand.row().a_bytes
+                    : reinterpret_cast<char*>(gathered);
+  // In pieces that lie within a chunk of the whole tensor; blocks are never divided.
+  const bool divides = operand.packing() == Packing::stochastic;
+  for (int64_t done = 0, piece; done < n; done += piece) {
+    const int64_t place = (divides ? random.offset : 0) + begin + done;
+    piece = std::min(n - done, kChunk - place % kChunk);
+    packing_kernels().pack[packing](from + done, random.key_of(place / kChunk),
+                                    static_cast<int32_t>(place % kChunk),
+                                    static_cast<int32_t>(piece), to + done * operand.row().a_bytes,
+                                    beside(operand, begin), sums(operand, begin));
+  }
   if (!direct)
     for_each_16(layout, index, operand, begin, n, gathered,
                 [](uint16_t& here, uint16_t& there) { there = here; });
@@ -91,9 +114,9 @@ T* stage_in(const Kernels<T>& k, const Layout& layout, int index, const Operand&
 
 template <class T>
 void stage_out(const Kernels<T>& k, const Layout& layout, int index, const Operand& operand,
-               int64_t begin, int64_t n, const T* from, uint32_t key) {
+               int64_t begin, int64_t n, const T* from, Random& random) {
   if constexpr (std::is_same_v<T, float>)
-    if (!operand.is_plain()) return pack(layout, index, operand, begin, n, from, key);
+    if (!operand.is_plain()) return pack(layout, index, operand, begin, n, from, random);
   const int64_t size = operand.row().a_bytes;
   const auto store = k.store[operand.storage];
   layout.for_each_run(index, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
@@ -107,9 +130,8 @@ void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double
   const Kernels<T>& k = kernels<T>();
   const UpdateKernel<T> update = update_kernel<T>(param.rule);
   T buffers[2 + kMaxStates][kStaged];
-  const uint32_t key =
-      random_key(static_cast<uint64_t>(row[kSeed]), static_cast<uint64_t>(row[kStep]),
-                 param.number, chunk.begin / kChunk);
+  Random random{static_cast<uint64_t>(row[kSeed]), static_cast<uint64_t>(row[kStep]), param.number,
+                param.offset};
   for (int64_t done = 0, n; done < chunk.n; done += n) {
     T* blocks[2 + kMaxStates];
     bool staged[2 + kMaxStates];
@@ -126,7 +148,7 @@ void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double
     for (int i = 0; i < param.n_operands; ++i)
       if (staged[i] && i != Param::kGrad)
         stage_out(k, param.layout, i, param.operands[i], chunk.begin + done, n, blocks[i],
-                  key);
+                  random);
   }
 }
 
@@ -182,15 +204,23 @@ std::vector<int> waves_of(const std::vector<std::pair<uintptr_t, uintptr_t>>& ex
 Schedule::Schedule(const std::vector<Param>& params) {
   std::vector<int> order;
   std::vector<std::pair<uintptr_t, uintptr_t>> extents;
-  std::vector<int64_t> slots;  // the first of each parameter
-  int64_t n_slots = 0, room = 0;
+  int64_t room = 0;
+  int classes = 1;
   for (size_t p = 0; p < params.size(); ++p) {
     const auto begin = reinterpret_cast<uintptr_t>(params[p].operands[0].data);
     extents.emplace_back(begin, begin + params[p].extent);
-    slots.push_back(n_slots);
-    if (!params[p].active) continue;
-    order.push_back(static_cast<int>(p));
-    n_slots += (params[p].layout.numel() + kChunk - 1) / kChunk;
+    if (params[p].active) order.push_back(static_cast<int>(p));
+    classes = std::max(classes, params[p].norm_class + 1);
+  }
+  std::vector<int64_t> slots(params.size());  // the first of each parameter
+  int64_t n_slots = 0;
+  for (int norm_class = 0; norm_class < classes; ++norm_class) {
+    for (int p : order) {
+      if (params[p].norm_class != norm_class) continue;
+      slots[p] = n_slots;
+      n_slots += (params[p].layout.numel() + kChunk - 1) / kChunk;
+    }
+    slot_ends_.push_back(n_slots);
   }
   const std::vector<int> wave = waves_of(extents, order);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return wave[a] < wave[b]; });
@@ -222,17 +252,23 @@ void Schedule::for_each_chunk(int threads, const F& f) const {
     });
 }
 
-double reduce_grads(const std::vector<Param>& params, const Schedule& schedule, double order,
-                    int threads) {
+std::vector<double> reduce_grads(const std::vector<Param>& params, const Schedule& schedule,
+                                 double order, int threads) {
   const Reduction reduction = reduction_of(order);
-  std::vector<double> partials(schedule.n_slots());
+  std::vector<double> partials(schedule.slot_ends().back());
   schedule.for_each_chunk(threads, [&](const Schedule::Chunk& chunk) {
     partials[chunk.slot] = reduce_chunk(params[chunk.param], chunk, reduction, order);
   });
   // No chunk's result is negative: abs changes nothing.
   const bool is_max = reduction == Reduction::max_of_abs;
-  return reduce(is_max ? Reduction::max_of_abs : Reduction::sum_of_abs, DType::float64,
-                partials.data(), schedule.n_slots(), order);
+  std::vector<double> sums;
+  int64_t begin = 0;
+  for (int64_t end : schedule.slot_ends()) {
+    sums.push_back(reduce(is_max ? Reduction::max_of_abs : Reduction::sum_of_abs, DType::float64,
+                          partials.data() + begin, end - begin, order));
+    begin = end;
+  }
+  return sums;
 }
 
 void update(const std::vector<Param>& params, const Schedule& schedule,

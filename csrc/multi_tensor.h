@@ -34,6 +34,8 @@ struct Param {
   Layout grad_layout;  // the gradient in its own memory order: the order of the norm
   int rule = 0;        // index into rules()
   int number = 0;      // among the optimizer's parameters, for random numbers
+  int64_t offset = 0;  // of the first element in the whole, of which this is a shard: likewise
+  int norm_class = 0;  // which of the sums of a norm it is part of
   bool in_double = false;
   int64_t extent = 0;  // bytes from the parameter's first element to the end of its last
   bool active = true;  // has a gradient in this step
@@ -55,12 +57,13 @@ class Schedule {
   struct Chunk {
     int param;
     int64_t begin, n;
-    int64_t slot;  // position in the order of parameters: where the norm pass puts its partial result
+    int64_t slot;  // where the norm pass puts its partial result: by norm class, then by parameter
   };
 
   explicit Schedule(const std::vector<Param>& params);
 
-  int64_t n_slots() const { return static_cast<int64_t>(chunks_.size()); }
+  // For each norm class the end of its slots.
+  const std::vector<int64_t>& slot_ends() const { return slot_ends_; }
 
   // Calls f(chunk) for every chunk, in parallel within a wave. f must not throw.
   template <class F>
@@ -68,6 +71,7 @@ class Schedule {
 
  private:
   std::vector<Chunk> chunks_;
+  std::vector<int64_t> slot_ends_;
   std::vector<int64_t> tasks_;  // first chunk of each task, then the number of chunks
   std::vector<int64_t> waves_;  // first task of each wave, then the number of tasks
 };
@@ -97,9 +101,10 @@ void parallel_for(int64_t n, [[maybe_unused]] int64_t grain, [[maybe_unused]] in
 std::vector<int> waves_of(const std::vector<std::pair<uintptr_t, uintptr_t>>& extents,
                           const std::vector<int>& members);
 
-// The sum of abs(x)^order over the gradients of all active parameters; their maximum for infinity.
-double reduce_grads(const std::vector<Param>& params, const Schedule& schedule,
-                    double order, int threads);
+// For each norm class the sum of abs(x)^order over the gradients of its active parameters; their
+// maximum for infinity.
+std::vector<double> reduce_grads(const std::vector<Param>& params, const Schedule& schedule,
+                                 double order, int threads);
 
 // Updates all active parameters. `table` has rows of `row_size` scalars.
 void update(const std::vector<Param>& params, const Schedule& schedule,

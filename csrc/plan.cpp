@@ -20,6 +20,8 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       for (py::handle d : details->attr("operands")) operands.emplace_back(py::cast<py::tuple>(d));
       of_item = make_param(details->attr("rule").cast<int>(), operands);
       of_item.number = static_cast<int>(items_.size());
+      of_item.offset = details->attr("offset").cast<int64_t>();
+      of_item.norm_class = details->attr("norm_class").cast<int>();
       if (details->attr("grad").is_none()) of_item.grad().data = nullptr;  // until there is one
       item.repeat = details->attr("repeat").cast<int16_t>();
       item.part = details->attr("part").cast<int16_t>();
@@ -95,7 +97,7 @@ py::bytes Plan::row_of(int part) const {
   return words_of(part, [this](size_t i) { return int64_t{params_[i].row}; });
 }
 
-double Plan::power_sum(double order, int threads) const {
+std::vector<double> Plan::power_sums(double order, int threads) const {
   check_ready();
   py::gil_scoped_release release;
   return reduce_grads(params_, *schedule_, order, threads);
@@ -111,7 +113,7 @@ std::pair<double, bool> Plan::step(const py::buffer& rows, bool measures, bool f
   {
     py::gil_scoped_release release;
     if (measures) {
-      norm = std::sqrt(reduce_grads(params_, *schedule_, 2, threads)) * inv_scale;
+      norm = std::sqrt(reduce_grads(params_, *schedule_, 2, threads).front()) * inv_scale;
       skips |= finds_inf && !std::isfinite(*norm);
     }
     if (norm && row_size)

@@ -34,14 +34,15 @@ class Plan {
   py::bytes grads(int part) const;
   py::bytes row_of(int part) const;
 
-  double power_sum(double order, int threads) const;
+  // For each norm class.
+  std::vector<double> power_sums(double order, int threads) const;
 
   // Updates those of part 0; counts the steps of all cohorts; and increments the versions of all
   // parameters that this step writes, in whatever part. Clears `undo` once that is done, which an
   // interrupt could keep Python from.
   // rows: of doubles, one for each cohort; may be empty if part 0 is.
-  // measures: takes the norm by which the gradients are clipped; else they are clipped by `norm`, if
-  //   there is one.
+  // measures: takes the norm by which the gradients are clipped, if there is one norm class; else they
+  //   are clipped by `norm`, if there is one.
   // finds_inf: a norm that is not finite changes nothing.
   // inv_scale: of the gradients, for the norm.
   // skips: nothing is to change, whatever the norm.

@@ -3,6 +3,41 @@
 #include <atomic>
 
 namespace fastopt {
+namespace {
+
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+py::object attribute(PyObject* object, PyObject* name) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object, name));
+  if (!found) throw py::error_already_set();
+  return found;
+}
+
+// Of a DTensor: the tensor with the memory of this process.
+py::object local_of(PyObject* whole) {
+  static PyObject* const key = interned("_local_tensor");
+  return attribute(whole, key);
+}
+
+py::object spec_of(PyObject* whole) {
+  static PyObject* const key = interned("_spec");
+  return attribute(whole, key);
+}
+
+bool equal(const py::object& a, const py::object& b) {
+  const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+  if (result < 0) throw py::error_already_set();
+  return result;
+}
+
+// Whether two DTensors of these specs have the same parts on the same processes.
+bool same_parts(PyObject* a, PyObject* b) {
+  static PyObject *const placements = interned("placements"), *const mesh = interned("mesh");
+  return a == b || (equal(attribute(a, placements), attribute(b, placements)) &&
+                    equal(attribute(a, mesh), attribute(b, mesh)));
+}
+
+}  // namespace
 
 Watch::Watch(py::list groups, py::dict state)
     : groups_(std::move(groups)), state_(std::move(state)) {
@@ -13,12 +48,16 @@ Watch::Watch(py::list groups, py::dict state)
 void Watch::add(py::handle param, const std::optional<py::object>& details,
                 const std::vector<Description>& operands) {
   Item item{};
-  item.param = keep(checked(param));
+  item.param = item.local = keep(checked(param));
   item.updated = details.has_value();
   item.sizes = sizes_.size();
   item.entries = entries_.size();
   item.tensors = tensors_.size();
+  item.parts = parts_.size();
   if (details) {
+    item.local = keep(checked(details->attr("local")));
+    const bool is_part = item.local != item.param;
+    if (is_part) item.spec = keep(spec_of(item.param));
     const py::object grad = details->attr("grad");
     const py::object state = details->attr("state");
     const py::object step = details->attr("step");
@@ -33,16 +72,21 @@ void Watch::add(py::handle param, const std::optional<py::object>& details,
       sizes_.insert(sizes_.end(), sizes->begin(), sizes->end());
     if (fields_known) {
       // Where there is no gradient yet, one like the parameter is expected.
-      const auto like = TorchTensor::of(item.has_grad ? grad.ptr() : item.param);
+      const auto like = TorchTensor::of(item.has_grad ? grad.ptr() : item.local);
       item.grad_keys = like.keys();
       item.grad_dtype = like.dtype_and_device();
     }
-    watch(param);
+    watch(item.local);
+    if (is_part) parts_.push_back({item.param, item.local});
     if (!state.is_none()) {
       item.state = keep(state);
       keep_entries(state, entries_);
     }
-    for (py::handle tensor : details->attr("states")) watch(tensor);
+    for (py::handle tensor : details->attr("states")) {
+      const py::object local = is_part ? local_of(tensor.ptr()) : py::reinterpret_borrow<py::object>(tensor);
+      watch(keep(local));
+      if (is_part) parts_.push_back({tensor.ptr(), local.ptr()});
+    }
     if (!step.is_none()) {
       watch(step);
       if (details->attr("scalars_here").cast<bool>())
@@ -52,6 +96,7 @@ void Watch::add(py::handle param, const std::optional<py::object>& details,
   }
   item.entries_end = entries_.size();
   item.tensors_end = tensors_.size();
+  item.parts_end = parts_.size();
   items_.push_back(item);
 }
 
@@ -75,7 +120,7 @@ void Watch::watch(py::handle tensor) {
 
 bool Watch::groups_hold() const {
   if (static_cast<size_t>(PyList_GET_SIZE(groups_.ptr())) != group_params_.size()) return false;
-  static PyObject* const params_key = PyUnicode_InternFromString("params");
+  static PyObject* const params_key = interned("params");
   size_t i = 0;
   for (size_t g = 0; g < group_params_.size(); ++g) {
     PyObject* group = PyList_GET_ITEM(groups_.ptr(), g);
@@ -138,12 +183,27 @@ bool Watch::is_expected(const Item& item, TorchTensor grad) const {
          grad.has(item.ndim, shape, shape + item.ndim);
 }
 
-// What `param.grad` is, null where that is neither a tensor nor None.
+// What `param.grad` is, and of a DTensor the part of this process; null where that is neither a tensor
+// nor None, or distributed otherwise than the parameter.
 py::object Watch::asked_grad(const Item& item) const {
-  static PyObject* const grad_key = PyUnicode_InternFromString("grad");
-  auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(item.param, grad_key));
-  if (!grad) throw py::error_already_set();
-  return grad.is_none() || is_tensor(grad) ? grad : py::object();
+  static PyObject* const key = interned("grad");
+  py::object grad = attribute(item.param, key);
+  if (grad.is_none()) return grad;
+  if (item.spec) {
+    if (Py_TYPE(grad.ptr()) != Py_TYPE(item.param) ||
+        !same_parts(spec_of(grad.ptr()).ptr(), item.spec))
+      return py::object();
+    grad = local_of(grad.ptr());
+  }
+  return is_tensor(grad) ? grad : py::object();
+}
+
+// Whether DTensors have the parts that they had.
+bool Watch::parts_hold(const Item& item) const {
+  if (item.spec && spec_of(item.param).ptr() != item.spec) return false;
+  for (size_t p = item.parts; p < item.parts_end; ++p)
+    if (local_of(parts_[p].whole).ptr() != parts_[p].local) return false;
+  return true;
 }
 
 // Holds the gradient and takes its address from what is held: autograd's threads may replace it at any
@@ -152,7 +212,7 @@ bool Watch::take_grad(size_t i, Operand& operand) {
   Item& item = items_[i];
   const char* slot = nullptr;
   py::object asked;
-  if (grads_known())
+  if (grads_known() && !item.spec)
     slot = TorchTensor::of(item.param).grad_slot();
   else if (!(asked = asked_grad(item)))
     return false;
@@ -179,7 +239,7 @@ bool Watch::holds(std::vector<Param>& params, int threads) {
   // In this thread alone: torch may want the GIL for a gradient that is a Python object too.
   same_grads_ = true;
   for (size_t i = 0; i < items_.size(); ++i) {
-    if (!take_grad(i, params[i].grad())) return release(), false;
+    if (!parts_hold(items_[i]) || !take_grad(i, params[i].grad())) return release(), false;
     same_grads_ &= items_[i].has_grad == items_[i].had_grad;
   }
   // No Python object is changed or called, so the threads share the wait for memory, while this one
@@ -211,15 +271,22 @@ void Watch::count(int threads) {
     const Item& item = items_[i];
     if (!item.has_grad) return;
     if (item.step) *item.step += 1;
-    uint32_t* version = versions_known() ? TorchTensor::of(item.param).version() : nullptr;
-    if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
+    if (!versions_known()) return;
+    for (const PyObject* tensor : {item.param, item.local}) {
+      uint32_t* version = TorchTensor::of(tensor).version();
+      if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
+      if (!item.spec) break;
+    }
   });
 }
 
 void Watch::increment_versions() const {
   py::list written;
   for (const Item& item : items_)
-    if (item.has_grad) written.append(py::handle(item.param));
+    if (item.has_grad) {
+      written.append(py::handle(item.param));
+      if (item.spec) written.append(py::handle(item.local));
+    }
   py::module_::import("torch.autograd.graph").attr("increment_version")(written);
 }
 

@@ -14,6 +14,8 @@ class Watch {
  public:
   struct Item {  // a parameter
     PyObject* param;
+    PyObject* local;     // what has its memory: itself, or of a DTensor the part of this process
+    PyObject* spec;      // how a DTensor is distributed; else null
     PyObject* state;     // null where the rule has none
     uint64_t state_tag;  // of the dict, when it was last seen to hold
     uint64_t grad_keys;
@@ -21,6 +23,7 @@ class Watch {
     size_t tensors, tensors_end;  // its part of tensors_: the parameter, then its states
     size_t sizes;                 // where its part of sizes_ begins
     size_t entries, entries_end;
+    size_t parts, parts_end;  // its part of parts_
     int64_t grad_item_size;
     int64_t grad_extent;  // bytes that the gradient needs of its storage; 0: it has no elements
     double steps_made;
@@ -66,6 +69,10 @@ class Watch {
     PyObject* key;
     PyObject* value;
   };
+  struct Part {  // of a DTensor, which must keep it
+    PyObject* whole;
+    PyObject* local;
+  };
   struct Tensor {  // that must stay as it is and where it is
     PyObject* tensor;
     uint64_t fingerprint;
@@ -77,6 +84,7 @@ class Watch {
   bool groups_hold() const;
   bool state_holds();
   py::object asked_grad(const Item& item) const;
+  bool parts_hold(const Item& item) const;
   bool is_expected(const Item& item, TorchTensor grad) const;
   bool take_grad(size_t i, Operand& operand);
   bool item_holds(Item& item);
@@ -98,6 +106,7 @@ class Watch {
   std::vector<int64_t> sizes_;  // shape and strides of the gradient
   std::vector<Entry> entries_;
   std::vector<Tensor> tensors_;
+  std::vector<Part> parts_;
   Numbering<uint64_t> memories_;  // where the storages of parameters and states are
 };
 

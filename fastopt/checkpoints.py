@@ -11,7 +11,7 @@ from torch import Tensor
 from . import precision, settings
 from .packing import DTYPES
 from .rule import Group, Rule, arithmetic_dtype
-from .step import checks
+from .step import checks, shards
 from .step.params import Place
 
 # Part of what an optimizer is, not of what it has learnt.
@@ -78,7 +78,7 @@ def _check(
         for i, index in enumerate(group["params"])
         if index in states
     ]
-    foreign = (_keys(known) | _TORCHS) - _keys(rule.states)
+    foreign = (precision.keys(known) | _TORCHS) - precision.keys(rule.states)
     for _, state, where in found:
         _check_owner(rule, foreign, state, where)
     for g, group in enumerate(groups):
@@ -105,7 +105,7 @@ def _check_state(rule: Rule, group: Group, state: Mapping[str, Any], where: Plac
         checks.check_step(state["step"], where, may_wait=True)
     there = [key for key, value in state.items() if value is not None]
     # A rule that counts no steps makes what is missing, and then makes a first step.
-    if rule.counts_steps and any(key in there for key in ("step", *_keys(rule.states))):
+    if rule.counts_steps and any(key in there for key in ("step", *precision.keys(rule.states))):
         for name in ("step", *rule.states_of(group)):
             if not {name, *precision.coded_keys(name)}.intersection(there):
                 raise ValueError(
@@ -145,11 +145,6 @@ def _check_numbers(
             f"{where} has a state {name!r} with {found} numbers, which it never has: load a state "
             "dict that is not damaged"
         )
-
-
-def _keys(names: Iterable[str]) -> set[str]:
-    """Of states, in any form."""
-    return {key for name in names for key in (name, *precision.coded_keys(name))}
 
 
 def prepare(
@@ -242,6 +237,7 @@ def convert(
             if not state:
                 continue
             where = Place(group, g, i)
+            here = shards.local(param)
             if param.is_meta:
                 checks.check_dense(param, where)
             for name, value in state.items():
@@ -250,11 +246,13 @@ def convert(
                         f"{where} has a state {name!r} on the meta device, without data: load a "
                         "state dict with data"
                     )
-            forms = precision.kept(rule, group, param, names, where)
-            for key in precision.superseded(rule, param, state, forms):
+            shards.check_state(param, state, precision.keys(rule.states), where)
+            forms = precision.kept(rule, group, here, names, where)
+            for key in precision.superseded(rule, here, state, forms):
                 state.pop(key, None)
-            precision.check(param, state, rule, forms, where)
-            made = precision.convert(rule, param, state, forms)
+            parts = shards.local_state(param, state)
+            precision.check(here, parts, rule, forms, where)
+            made = precision.convert(rule, here, parts, forms)
             lost = made.lost
             if saved.get("master_weights") in (None, "stochastic"):  # it was about to go anyway
                 lost = [what for what in lost if what != precision.MASTER]
@@ -265,7 +263,7 @@ def convert(
                     f"state_dtype={str(saved['state_dtype'])!r}: use these settings, with a "
                     "model of the dtype and layout that it had, or pass lossy=True"
                 )
-            state.update(made.new)
+            state.update(shards.whole_state(param, made.new))
             for key in made.obsolete:
                 del state[key]
             if not precision.counts_steps(rule, state, forms):
@@ -280,6 +278,7 @@ def for_torch(rule: Rule, groups: list[Group], state_dict: dict[str, Any]) -> di
     params = [(param, group) for group in groups for param in group["params"]]
     for index, (param, group) in enumerate(params):
         if index in state_dict["state"]:
-            state = state_dict["state"][index]
-            state_dict["state"][index] = precision.plain(rule, param, state, rule.states_of(group))
+            state = shards.local_state(param, state_dict["state"][index])
+            plain = precision.plain(rule, shards.local(param), state, rule.states_of(group))
+            state_dict["state"][index] = shards.whole_state(param, plain)
     return state_dict

@@ -18,7 +18,7 @@ from . import checkpoints, precision, settings
 from .dynamo import untraced
 from .precision import MasterWeights, StateDtype
 from .rule import Group, Rule
-from .step import dispatch
+from .step import dispatch, shards
 from .step.dispatch import BackendName
 from .step.params import Place, Undo, new_states, take_back
 from .step.plan import Plan
@@ -48,6 +48,7 @@ class Extra(TypedDict, total=False):
     master_weights: MasterWeights
     state_dtype: StateDtype
     seed: int
+    norm_group: Any
     backend: BackendName
 
 
@@ -116,7 +117,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as in torch. Every setting may differ
-            between groups, except ``backend``.
+            between groups, except ``norm_group`` and ``backend``.
         lr, ...: the rule's own settings.
         maximize (default False): step up the gradient instead of down.
         foreach (default None): True, False or None, for torch's sake: every step here is fused.
@@ -132,7 +133,10 @@ class Optimizer(torch.optim.Optimizer):
         max_norm (default None): clip the gradients by their global 2-norm over all parameters of
             the optimizer, as `torch.nn.utils.clip_grad_norm_` before the step would, but without
             writing to them. `math.inf` only measures; None does neither. A group may have its own
-            ``max_norm``, but the norm is always that of all groups.
+            ``max_norm``, but the norm is always that of all groups. Of DTensors it is the norm over
+            all ranks. Plain parameters of which each rank has only some (ZeRO-1:
+            `torch.distributed.optim.ZeroRedundancyOptimizer`; FSDP1) need ``norm_group``: without
+            it, each ZeRO-1 rank clips by a norm of its own.
         clip_value (default None): clamp every element of the gradients to ±clip_value, after
             ``max_norm``; None: do not.
         master_weights (default 'auto'): how the fp32 value of a 16-bit parameter is kept.
@@ -151,6 +155,9 @@ class Optimizer(torch.optim.Optimizer):
             ``"float32"``, ``"bfloat16"``.
         seed (default 0): of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on
             it, on the step, on the parameter's place in the optimizer and on nothing else.
+        norm_group (default None): the process group over which the norm of plain parameters is
+            taken, where each of its ranks has other parameters, or other parts of them. One for the
+            whole optimizer. Copies share it; it is not pickled, nor part of state dicts.
         backend (default 'auto'): ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
             ``"auto"`` follows the environment variable ``FASTOPT_BACKEND`` where it is set, and
             else takes the fastest for each parameter.
@@ -196,9 +203,11 @@ class Optimizer(torch.optim.Optimizer):
         master_weights: MasterWeights = "auto",
         state_dtype: StateDtype = torch.float32,
         seed: int = 0,
+        norm_group: Any = None,
         backend: BackendName = "auto",
     ) -> None:
         self.backend = dispatch.resolve(backend, self.rule)
+        self.norm_group = norm_group
         self._begin()
         common = {
             "maximize": maximize,
@@ -294,7 +303,7 @@ class Optimizer(torch.optim.Optimizer):
             table = self._table = Table(self.rule, groups, self.defaults, table)
         scaling = self.shared.scaling
         on_device = table.on_device or scaling.on_device
-        made_for = groups, self.state, table, self.backend, on_device
+        made_for = groups, self.state, table, self.backend, self.norm_group, on_device
         if plan is None or not plan.holds(*made_for):
             plan = Plan(self.rule, *made_for, self._captured, undo)
         self.shared.grad_norm = plan.run(scaling, undo)
@@ -352,9 +361,11 @@ class Optimizer(torch.optim.Optimizer):
         try:
             for i, param in enumerate(group["params"]):
                 place = Place(group, g, i)
-                forms = precision.kept(self.rule, group, param, self.rule.states_of(group), place)
+                here = shards.local(param)
+                forms = precision.kept(self.rule, group, here, self.rule.states_of(group), place)
                 if param.is_floating_point() and param not in self.state:
-                    self.state[param] = new_states(self.rule, group, param, {}, forms).new
+                    made = new_states(self.rule, group, here, {}, forms)
+                    self.state[param] = shards.whole_state(param, made.new)
         except BaseException:
             self.param_groups.pop()
             self.state.clear()
@@ -432,8 +443,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                state = self.state.get(param, {})
-                yield precision.master(group, param, state, Place(group, g, i))
+                state = shards.local_state(param, self.state.get(param, {}))
+                master = precision.master(group, shards.local(param), state, Place(group, g, i))
+                yield shards.like(param, master) if shards.is_shard(param) else master
 
     @on_real
     def state_dict(self) -> dict[str, Any]:
@@ -453,11 +465,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @on_real
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "backend": self.backend}
+        norm_group = None if self.norm_group is None else _Group(self.norm_group)
+        return {**super().__getstate__(), "backend": self.backend, "norm_group": norm_group}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
+        norm_group = vars(self).get("norm_group")
+        self.norm_group = norm_group.group if isinstance(norm_group, _Group) else norm_group
         if "shared" not in vars(self):
             self._begin()
         self._plan = self._table = None
@@ -467,13 +482,31 @@ class Optimizer(torch.optim.Optimizer):
         checkpoints.restore(self.rule, self.param_groups, self.state)
 
 
+class _Group:
+    """A process group in a copy of an optimizer: the same one."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an optimizer with a norm_group cannot be pickled: save its state_dict() instead"
+        )
+
+
 def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
         group["state_dtype"] = str(group["state_dtype"])
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for key, state in state_dict["state"].items():
         param = params[key] if isinstance(key, int) and 0 <= key < len(params) else None
-        state_dict["state"][key] = precision.to_save(param, state)
+        if isinstance(param, Tensor) and isinstance(state, dict):
+            parts = shards.local_state(param, state)
+            changed = precision.to_save(shards.local(param), parts)
+            state_dict["state"][key] = {**state, **shards.whole_state(param, changed)}
 
 
 def _known_states() -> set[str]:

@@ -317,7 +317,7 @@ class Stored:
         return valid * self.b
 
 
-def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:
+def random_bits(seed: int, step: int, param: int, offset: int, like: Tensor) -> Tensor:
     """32 random bits for each element of a tensor, as int64 of its shape.
 
     A function of nothing but its arguments and of the element's place in memory order: in each
@@ -325,11 +325,14 @@ def random_bits(seed: int, step: int, param: int, like: Tensor) -> Tensor:
 
     Args:
         param: the parameter's place in the optimizer.
+        offset: the first element's place in the whole tensor, of which this is a shard.
     """
-    n = like.numel()
-    keys = [_key(seed, step, param, chunk) >> 32 for chunk in range(math.ceil(n / CHUNK))]
-    key = torch.tensor(keys, dtype=torch.int64).to(like.device).repeat_interleave(CHUNK)[:n]
-    x = torch.arange(n, device=like.device) % CHUNK * 0x9E3779B1 + key & 0xFFFFFFFF
+    places = torch.arange(offset, offset + like.numel(), device=like.device)
+    first = offset // CHUNK
+    chunks = range(first, math.ceil((offset + like.numel()) / CHUNK))
+    keys = [_key(seed, step, param, chunk) >> 32 for chunk in chunks]
+    key = torch.tensor(keys, dtype=torch.int64).to(like.device)[places // CHUNK - first]
+    x = places % CHUNK * 0x9E3779B1 + key & 0xFFFFFFFF
     x = (x ^ x >> 16) * 0x2C1B3C6D & 0xFFFFFFFF
     result = torch.empty_like(like, dtype=torch.int64)
     in_memory_order(result).copy_(x)

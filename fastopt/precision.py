@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -139,6 +140,11 @@ def _coded(rule: Rule, name: str) -> Kept:
     return Kept(name, packing, *coded_keys(name))
 
 
+def keys(names: Iterable[str]) -> set[str]:
+    """Those of the states called ``names``, in any form."""
+    return {key for name in names for key in (name, *coded_keys(name))}
+
+
 def coded_keys(name: str) -> tuple[str, str]:
     """The keys of a state in 8 bits."""
     return f"{name}_codes", f"{name}_scale"
@@ -236,17 +242,18 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
     return made
 
 
-def to_save(param: object, state: Any) -> Any:
-    """A parameter's state as it is saved: without checksums, 0 for remainders that do not hold."""
-    if not isinstance(state, dict) or "param_remainder" not in state:
-        return state
+def to_save(param: Tensor, state: State) -> State:
+    """What is saved otherwise of a parameter's state than it is: a remainder without its checksums,
+    and 0 where it no longer holds."""
+    if "param_remainder" not in state:
+        return {}
     remainder = state["param_remainder"]
-    if isinstance(param, Tensor) and param.dtype == torch.bfloat16:
+    if param.dtype == torch.bfloat16:
         # None where the remainder fits no such parameter, or has belonged to it all along.
         sums = _sums(param, remainder) if are_there(param, state, [_SPLIT]) else None
         if sums is not None and not _checksums(param, remainder).equal(sums):
             remainder = _SPLIT.stored(param, state).valid_b()
-    return {**state, "param_remainder": remainder.detach()}
+    return {"param_remainder": remainder.detach()}
 
 
 def share_memory(state: State) -> None:

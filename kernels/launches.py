@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -57,12 +57,14 @@ class _Kind(NamedTuple):
         dtypes: of parameter, gradient and states; of the first arrays of a packing.
         packings: theirs.
         gap: as in `Rule.gap`.
+        is_shard: random numbers go by the places in the whole, which is another tensor.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
     packings: tuple[str, ...]
     gap: int | None
+    is_shard: bool
 
 
 def _kind(rule: Rule, target: Target) -> _Kind:
@@ -74,7 +76,8 @@ def _kind(rule: Rule, target: Target) -> _Kind:
         for stored in target.stored
     )
     dtypes = (a, DTYPES[target.grad.dtype], *states)
-    return _Kind(0, dtypes, (packing, "plain", *others), rule.gap(target.names))
+    packings = packing, "plain", *others
+    return _Kind(0, dtypes, packings, rule.gap(target.names), target.offset != 0)
 
 
 def _columns(targets: Sequence[Target], written: list[list[Tensor]]) -> list[list[int]]:
@@ -90,6 +93,7 @@ def _columns(targets: Sequence[Target], written: list[list[Tensor]]) -> list[lis
             target.group,
             0 if target.step is None else target.step.data_ptr(),
             target.number,
+            target.offset,
             0 if (sums := target.stored[0].sums) is None else sums.data_ptr(),
             *chain.from_iterable(
                 (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
@@ -138,6 +142,7 @@ class MultiTensor:
         self.numels = [target.param.numel() for target in targets]
         self.extents = [target.extent for target in targets]
         self.kinds = [_kind(rule, target) for target in targets]
+        self.norm_classes = [target.norm_class for target in targets]
         n = len(targets)
         columns = _columns(targets, written)
         self.tensors = self._upload(torch.tensor(columns, dtype=torch.int64, device="cpu").t())
@@ -206,6 +211,10 @@ class MultiTensor:
                     **_options(),
                 )
         return self.partials
+
+    def by_class(self, partials: Tensor) -> list[Tensor]:
+        """What `norm_partials` returns, of each norm class."""
+        return [*partials.split(self.class_slots)]
 
     def update(
         self,
@@ -297,6 +306,7 @@ class MultiTensor:
             GAP=kind.gap,
             DTYPES=kind.dtypes,
             PACKINGS=kind.packings,
+            IS_SHARD=kind.is_shard,
             **_options(),
         )
 
@@ -327,22 +337,31 @@ class MultiTensor:
         else:
             self.norm_launches = [(dtype, self._cut(i, slots)) for dtype, i in by_dtype.items()]
         self.wave_of = self._upload(torch.tensor(wave_of, device="cpu"))
-        # A zero where there is no chunk.
-        self.partials = torch.zeros(max(slots[-1], 1), dtype=torch.float64, device=self.device)
+        # Zeros where there is no chunk.
+        self.partials = torch.zeros(sum(self.class_slots), dtype=torch.float64, device=self.device)
 
     def _slots(self, active: list[int]) -> list[int]:
-        """The place of each target's first chunk among all chunks."""
-        chunks = [0] * len(self.numels)
-        for i in active:
-            chunks[i] = triton.cdiv(self.numels[i], CHUNK.value)
-        return [0, *accumulate(chunks)]
+        """The place of each target's first chunk among all chunks, ordered by norm class."""
+        slots = [0] * len(self.numels)
+        self.class_slots = [0] * (max(self.norm_classes) + 1)
+        for norm_class in range(len(self.class_slots)):
+            first = end = sum(self.class_slots)
+            for i in active:
+                if self.norm_classes[i] == norm_class:
+                    slots[i] = end
+                    end += self._n_chunks(i)
+            self.class_slots[norm_class] = max(end - first, 1)
+        return slots
+
+    def _n_chunks(self, target: int) -> int:
+        return triton.cdiv(self.numels[target], CHUNK.value)
 
     def _cut(self, targets: list[int], slots: list[int]) -> _Chunks:
         """The chunks of some targets."""
         with torch.device("cpu"):
             first = torch.tensor([slots[i] for i in targets])
-            sizes = torch.tensor([slots[i + 1] for i in targets]) - first
-            programs = sum(slots[i + 1] - slots[i] for i in targets)
+            sizes = torch.tensor([self._n_chunks(i) for i in targets])
+            programs = int(sizes.sum())
             index = torch.arange(programs)
             index -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             target = torch.tensor(targets).repeat_interleave(sizes)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dtypes import bits, from_bits, load, store
-from .tables import BLOCK
+from .tables import BLOCK, CHUNK
 
 CODE_BLOCK = tl.constexpr(256)  # elements that share a scale, or a checksum
 SIGNED_MANTISSA = tl.constexpr(5)  # bits of a code with a sign
@@ -128,7 +128,7 @@ def pack(
     begin,
     left,
     x,
-    key,
+    random,
     PACKING: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -153,7 +153,7 @@ def pack(
         store(a, at, mask, rounded(x, DTYPE), tl.uint16, ALIGNED)
         store(b, at, mask, x, tl.float32, ALIGNED)
     elif PACKING == "stochastic":
-        up = tl.where(x != x, NAN, bits(x) + (random_bits(key, at) >> 16))
+        up = tl.where(x != x, NAN, bits(x) + (random_bits(random, at) >> 16))
         store(a, at, mask, (up >> 16).to(tl.uint16), tl.uint16, ALIGNED)
     elif PACKING == "codes" or PACKING == "unsigned_codes":
         sign = (bits(x) >> 24) & 0x80
@@ -174,7 +174,7 @@ def pack(
         z = tl.reshape(z, (BLOCK,))
         # Both moments round by bits of their own. The last one of 16 is left out where the largest
         # z, with its rounding errors, might get beyond the largest code.
-        dither = random_bits(key, at)
+        dither = random_bits(random, at)
         dither = dither >> 16 if PACKING == "unsigned_codes" else dither & 0xFFFE
         dither = dither << (7 - BITS)
         code = ((bits(z) + dither - ONE) >> (23 - BITS)) & MAX_CODE
@@ -198,9 +198,19 @@ def random_key(seed, step, param, chunk):
 
 
 @triton.jit
-def random_bits(key, at):
-    """32 bits for each of the elements `at` of a chunk: a Weyl sequence that starts at the key, and
-    one round of shift and multiply."""
+def random_bits(random, at):
+    """32 bits for each of the elements `at` of a chunk: a Weyl sequence that starts at a key, and
+    one round of shift and multiply.
+
+    Args:
+        random: the key. Of a chunk that is no chunk of the whole tensor: the keys of the two that
+            it lies in, and its place in the first.
+    """
+    key = random[0]
+    if len(random) == 3:
+        at += random[2]
+        key = tl.where(at < CHUNK, key, random[1])
+        at = at % CHUNK
     x = at.to(tl.uint32) * 0x9E3779B1 + key
     x = (x ^ (x >> 16)) * 0x2C1B3C6D
     return x

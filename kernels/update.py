@@ -15,6 +15,7 @@ from .tables import (
     MAX_NORM,
     NUMBER,
     NUMEL,
+    OFFSET,
     OWN,
     PARAM,
     SEED,
@@ -37,7 +38,7 @@ def update_blocks(
     coef,
     clip_value,
     scalars,
-    key,
+    random,
     RULE: tl.constexpr,
     GAP: tl.constexpr,
     DTYPES: tl.constexpr,
@@ -51,7 +52,7 @@ def update_blocks(
         addresses: of parameter, gradient and states.
         beside: of the second arrays of their packings.
         sums: of the checksums of a remainder's parameter.
-        key: of random numbers.
+        random: see `packing.random_bits`.
         FULL: all addresses are multiples of 16 bytes, too.
     """
     end = None if FULL else left
@@ -70,7 +71,7 @@ def update_blocks(
             a, b = addresses[i], beside[i]
             if i != 1:  # all but the gradient
                 x_i = new[i - (i > 1)]
-                pack(a, b, sums, begin, end, x_i, key, PACKINGS[i], DTYPES[i], FULL)
+                pack(a, b, sums, begin, end, x_i, random, PACKINGS[i], DTYPES[i], FULL)
 
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
@@ -86,6 +87,7 @@ def update(
     GAP: tl.constexpr,  # index of the optional state that is absent; None if there is none
     DTYPES: tl.constexpr,  # of parameter, gradient and states; of the first arrays of a packing
     PACKINGS: tl.constexpr,  # their packings
+    IS_SHARD: tl.constexpr,  # random numbers go by the places in the whole
 ):
     """One step of a rule for each chunk of the parameters."""
     tensor, begin, left = locate(chunks, tensors + NUMEL * n)
@@ -116,14 +118,21 @@ def update(
         own = own + (as_double(tl.load(scalars + OWN + k)).to(COMPUTE),)
     seed = as_double(tl.load(scalars + SEED))
     count = as_double(tl.load(scalars + COUNT))
-    key = random_key(seed, count, tl.load(tensors + NUMBER * n + tensor), begin // CHUNK)
+    number = tl.load(tensors + NUMBER * n + tensor)
+    place = begin
+    if IS_SHARD:
+        place += tl.load(tensors + OFFSET * n + tensor)
+    random = (random_key(seed, count, number, place // CHUNK),)
+    if IS_SHARD:
+        next_key = random_key(seed, count, number, place // CHUNK + 1)
+        random = random + (next_key, place % CHUNK)
     left = tl.where(clip_value < 0, 0, left)
     # fmt: off
     if (left >= CHUNK) & (bits % 16 == 0):
-        update_blocks(addresses, beside, sums, left, coef, clip_value, own, key,
+        update_blocks(addresses, beside, sums, left, coef, clip_value, own, random,
                       RULE, GAP, DTYPES, PACKINGS, COMPUTE, True)
     else:
-        update_blocks(addresses, beside, sums, left, coef, clip_value, own, key,
+        update_blocks(addresses, beside, sums, left, coef, clip_value, own, random,
                       RULE, GAP, DTYPES, PACKINGS, COMPUTE, False)
     # fmt: on
 

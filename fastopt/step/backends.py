@@ -46,6 +46,13 @@ class Reference:
         """The sum of ``abs(x)**order`` over all gradients: 0-dim, fp64; their maximum for inf."""
         return power_sum([target.grad for target in self.targets], order)
 
+    def power_sums(self, classes: int) -> list[float]:
+        """The sums of squares of each norm class."""
+        grads: list[list[Tensor]] = [[] for _ in range(classes)]
+        for target in self.targets:
+            grads[target.norm_class].append(target.grad)
+        return [float(power_sum(members, 2)) if members else 0.0 for members in grads]
+
     @torch.no_grad()
     def update(self, rows: Sequence[Row], undo: Undo | None = None) -> None:
         """Updates each target by its row.
@@ -91,7 +98,8 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 def _update(rule: Rule, target: Target, row: Row) -> None:
     param, *states = target.stored
     dtype = arithmetic_dtype(param.a)
-    random = functools.partial(random_bits, int(row[SEED]), int(row[STEP]), target.number)
+    place = target.number, target.offset
+    random = functools.partial(random_bits, int(row[SEED]), int(row[STEP]), *place)
     g = (target.grad.to(dtype) * row[COEF]).clamp(-row[CLIP_VALUE], row[CLIP_VALUE])
     of_rule = {name: s.unpack(dtype) for name, s in zip(target.names, states, strict=True)}
     p, of_rule = rule.update(param.unpack(dtype), g, rule.Scalars(*row[len(HEAD) :]), **of_rule)
@@ -210,6 +218,12 @@ class Triton(Reference):
                 "changed"
             )
         return grad
+
+    def sums_of_squares(self, partials: Tensor, classes: int) -> Tensor:
+        """For each norm class the sum of its partials: fp64 [classes]."""
+        sums = [*map(self.kernels.total, self.tensors.by_class(partials))]
+        missing = torch.zeros(classes - len(sums), dtype=torch.float64, device=self.device)
+        return torch.cat([torch.stack(sums), missing])
 
     def power_sum(self, order: float) -> Tensor:
         if order not in (1, 2, math.inf):

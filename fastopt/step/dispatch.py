@@ -154,7 +154,12 @@ def backend_for(tensors: list[Tensor], backend: str, where: object, rule: Rule =
     if backend != "auto":
         obstacle = obstacle or f"is on {tensors[0].device}"
         raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
-    if not obstacle:
+    if obstacle:
+        warn_once(
+            f"fastopt steps a parameter that {obstacle} with its slow reference backend, about a "
+            "millisecond each in every step"
+        )
+    else:
         reason = lacks or (_loaded(wanted)[1] if wanted else "it has no kernels for that device")
         warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"

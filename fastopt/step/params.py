@@ -14,7 +14,7 @@ from .. import precision
 from ..packing import Stored, extent, memory_order
 from ..precision import Kept
 from ..rule import Group, Rule
-from . import checks, dispatch, memory
+from . import checks, dispatch, memory, shards
 from .devices import capturing
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Target:
         names: the states.
         group: the index of its param group.
         number: its place in the optimizer.
+        offset: that of its first element in the whole, of which it is a shard.
+        norm_class: which of the sums of a norm its gradient is part of.
         step: on the device that counts it; None where the host counts, or nobody.
     """
 
@@ -60,6 +62,8 @@ class Target:
     names: tuple[str, ...] = ()
     group: int = 0
     number: int = 0
+    offset: int = 0
+    norm_class: int = 0
     step: Tensor | None = None
 
     @property
@@ -103,9 +107,12 @@ class Param:
 
     Args:
         number: the parameter's place in the optimizer.
+        param: what this process has of it, and so are the others.
         grad: None where there is none now, while the states are there from an earlier step.
-        state: the optimizer's for this parameter.
+        entries: the optimizer's state for this parameter, as it stands there.
+        state: the same, what this process has of it.
         forms: how the parameter and the rule's states are kept.
+        offset, norm_class: see `Target`.
         repeat: how often it stands earlier in the groups.
         fresh: the states are made in this step.
     """
@@ -115,14 +122,22 @@ class Param:
     param: Tensor
     grad: Tensor | None
     backend: str
+    entries: dict[str, Any]
     state: dict[str, Any]
     forms: list[Kept]
+    offset: int = 0
+    norm_class: int = 0
     repeat: int = 0
     fresh: bool = False
 
     @property
     def group(self) -> int:
         return self.place.group_index
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter as it stands in its group."""
+        return self.place.param
 
     @property
     def next_step(self) -> float:
@@ -139,6 +154,8 @@ class Param:
             names=tuple(form.numbers for form in self.forms[1:]),
             group=self.group,
             number=self.number,
+            offset=self.offset,
+            norm_class=self.norm_class,
             step=self.state.get("step") if counts else None,
         )
 
@@ -147,16 +164,19 @@ class Param:
         assert extension is not None
         target = self.target()
         return Watched(
+            local=self.param,
             grad=self.grad,
-            state=self.state or None,
+            state=self.entries or None,
             rule=extension.rule_index(rule.name, " ".join(target.names)),
             operands=target.operands(),
-            states=[self.state[key] for form in self.forms for key in form.keys],
+            states=[self.entries[key] for form in self.forms for key in form.keys],
             step=self.state.get("step"),
             fresh=self.fresh,
             part=part,
             repeat=self.repeat,
             scalars_here=scalars_here,
+            offset=self.offset,
+            norm_class=self.norm_class,
         )
 
 
@@ -164,7 +184,8 @@ class Watched(NamedTuple):
     """What csrc/watch.h has to know of a parameter.
 
     Args:
-        grad: None where there is none now.
+        local: what this process has of the parameter.
+        grad: likewise; None where there is none now.
         state: the optimizer's for this parameter, None where it is empty.
         rule: index into Rules of csrc/rules.
         operands: descriptions of parameter, gradient and states.
@@ -173,8 +194,10 @@ class Watched(NamedTuple):
         part: 0: updated by the C++ kernels; else on this one of the plan's devices, counted from 1.
         repeat: how often it stands earlier in the groups.
         scalars_here: the plan counts the step and computes the scalars, not the device.
+        offset, norm_class: see `Target`.
     """
 
+    local: Tensor
     grad: Tensor | None
     state: dict[str, Any] | None
     rule: int
@@ -185,6 +208,8 @@ class Watched(NamedTuple):
     part: int
     repeat: int
     scalars_here: bool
+    offset: int
+    norm_class: int
 
 
 def find(
@@ -205,18 +230,24 @@ def find(
     Raises:
         RuntimeError, ValueError: it has a gradient and cannot be updated.
     """
-    param, grad = place.param, place.param.grad
-    state = states.get(param, {})
-    if not isinstance(state, dict):
+    whole = place.param
+    entries = states.get(whole, {})
+    if not isinstance(entries, dict):
         raise RuntimeError(
-            f"{place} has a state that is no dict ({checks.short(state)}): delete the "
+            f"{place} has a state that is no dict ({checks.short(entries)}): delete the "
             "parameter's entry in optimizer.state"
         )
+    if whole.grad is not None:
+        shards.check(whole, whole.grad, place)
+    param, grad = shards.local(whole), shards.local(whole.grad)
+    state = shards.local_state(whole, entries)
     if grad is not None:
         checks.check(param, grad, place, rule.sparse)
         checks.check_step(state.get("step", 0.0), place)
     try:
         forms = precision.kept(rule, place.group, param, names, place)
+        offset = shards.offset(whole, forms, place)
+        shards.check_state(whole, entries, precision.keys(rule.states), place)
         if grad is not None:
             precision.check(param, state, rule, forms, place)
         elif not _is_known(param, state, forms):
@@ -228,7 +259,7 @@ def find(
         if grad is None:  # time enough when there is a gradient
             return None
         raise
-    return Param(place, number, param, grad, found, state, forms)
+    return Param(place, number, param, grad, found, entries, state, forms, offset)
 
 
 def _is_known(param: Tensor, state: dict[str, Any], forms: list[Kept]) -> bool:
@@ -268,7 +299,7 @@ def make_states(
     uses: list[memory.Use] = []  # of memory that is there already
     counted: set[int] = set()  # the addresses of steps
     for each in params:
-        if each.param in made:
+        if each.whole in made:
             continue
         step_on = each.param.device if on_device and each.backend == "triton" else None
         with torch.inference_mode(False), torch.no_grad():  # they outlive the mode of this step
@@ -284,20 +315,21 @@ def make_states(
                 "each replay: make one step before the capture"
             )
         uses += _uses(each, new)
-        made[each.param] = new
+        made[each.whole] = new._replace(new=shards.whole_state(each.whole, new.new))
     memory.check(uses)
     changed = [param for param, new in made.items() if new.new or new.obsolete]
     before = {param: dict(states[param]) if param in states else None for param in changed}
     undo.append(functools.partial(_put_back, states, before))
     for each in params:
-        if each.param in made:
-            new = made.pop(each.param)
+        if each.whole in made:
+            new = made.pop(each.whole)
             if new.new:
-                states.setdefault(each.param, {}).update(new.new)
+                states.setdefault(each.whole, {}).update(new.new)
                 each.fresh = new.fresh
             for key in new.obsolete:
-                del states[each.param][key]
-        each.state = states.get(each.param, each.state)
+                del states[each.whole][key]
+        each.entries = states.get(each.whole, each.entries)
+        each.state = shards.local_state(each.whole, each.entries)
 
 
 def _uses(each: Param, new: precision.Made) -> list[memory.Use]:

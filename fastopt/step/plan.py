@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Group, Rule
-from . import checks, dispatch
+from . import checks, dispatch, shards
 from .backends import Reference, Triton
 from .devices import capturing, moved
 from .params import Param, Place, Undo, Watched, find, make_states, take_back
@@ -24,7 +24,7 @@ class Plan:
     tells, in C++ and fast, whether it is good for another step, with the gradients there are then.
 
     Args:
-        groups, states, backend: the optimizer's.
+        groups, states, backend, norm_group: the optimizer's.
         on_device: devices compute the scalars and count the steps of what they update.
         captured: where to keep what CUDA graphs use at their replays.
         undo: gets what takes the states back that are made.
@@ -43,11 +43,12 @@ class Plan:
         states: dict[Tensor, Any],
         table: Table,
         backend: str,
+        norm_group: Any,
         on_device: bool,
         captured: list[Any],
         undo: Undo,
     ) -> None:
-        self._made_for = groups, states, backend, on_device
+        self._made_for = groups, states, backend, norm_group, on_device
         self._table = table
         self._on_device = on_device
         # What may raise comes first: states made before an error would later look old.
@@ -64,12 +65,16 @@ class Plan:
             for number, place in enumerate(places)
         ]
         params = [param for param in found if param is not None]
+        whole = [place.param for place in places]
+        self._exchange = shards.Exchange(whole, norm_group)
+        self._lacks_group = norm_group is None and any(map(shards.is_flat, whole))
         seen: Counter[int] = Counter()
         for param in params:
-            param.repeat = seen[id(param.param)]
-            seen[id(param.param)] += 1
+            param.norm_class = self._exchange.classes[param.number]
+            param.repeat = seen[id(param.whole)]
+            seen[id(param.whole)] += 1
         make_states(rule, states, params, on_device, undo)
-        self._options = norm_options([place.param for place in places])
+        self._options = norm_options(whole)
         of_device = self._divide(rule, params, captured)
         self._native: Any = None  # there if `_devices` are
         if extension := dispatch.extension():
@@ -86,7 +91,7 @@ class Plan:
             self._native is None
             or self._reference
             or any(device.is_captured for device in self._devices)
-            or any(checks.hides_grad(place.param) for place in places)
+            or any(map(checks.hides_grad, whole))
         )
 
     def _divide(
@@ -124,6 +129,7 @@ class Plan:
         states: dict[Tensor, Any],
         table: Table,
         backend: str,
+        norm_group: Any,
         on_device: bool,
     ) -> bool:
         """Whether nothing has changed since the plan was made, except where the gradients are and
@@ -133,7 +139,7 @@ class Plan:
             checks.is_faking()
             or made_for[0] is not groups
             or made_for[1] is not states
-            or made_for[2:] != (backend, on_device)
+            or made_for[2:] != (backend, norm_group, on_device)
             or (table is not self._table and table.forms != self._table.forms)
         ):
             return False
@@ -154,6 +160,9 @@ class Plan:
         """
         # All that may raise comes before any change.
         table, finds = self._table, scaling.findings is not None
+        measures = table.clips or finds
+        if measures and self._lacks_group:
+            raise ValueError(shards.LACKS_GROUP)
         reads = self._on_host or not self._on_device  # whether the host may wait for the scaler's
         inv_scale = scaling.inv_scale if reads else 1.0
         skips = reads and scaling.skips
@@ -164,7 +173,7 @@ class Plan:
 
         # Where C++ alone updates, it takes the norm and decides by itself.
         alone = self._native is not None and not (self._devices or self._reference)
-        measures = table.clips or finds
+        alone &= not (measures and self._exchange)
         norm: Any = None
         squares: float | None = None
         norms: dict[torch.device, Tensor] = {}
@@ -230,24 +239,31 @@ class Plan:
         """For each of `_devices`, there: numbers that add up to the sum of all squares; and that
         sum, if the host is to wait for it."""
         partials = [device.tensors.norm_partials() for device in self._devices]
-        of_host = 0.0
+        classes = self._exchange.n
+        of_host = [0.0] * classes
         if self._native is not None and self._on_host:
-            of_host += self._native.power_sum(2.0, self._threads)
+            found = self._native.power_sums(2.0, self._threads)
+            of_host[: len(found)] = found
         if self._reference:
-            of_host += float(self._reference.power_sum(2))
-        if not partials:
-            return [], of_host
-        if len(partials) > 1 or self._on_host:
-            totals = [
-                device.kernels.total(of_device)
+            of_host = [*map(sum, zip(of_host, self._reference.power_sums(classes), strict=True))]
+        if not partials and not self._exchange:
+            return [], sum(of_host)
+        if len(partials) > 1 or self._on_host or self._exchange:
+            sums = [
+                device.sums_of_squares(of_device, classes)
                 for device, of_device in zip(self._devices, partials, strict=True)
             ]
             if self._on_host:
-                totals.append(torch.full((), of_host, dtype=torch.float64, device="cpu"))
+                sums.append(torch.tensor(of_host, dtype=torch.float64, device="cpu"))
+            if self._exchange:
+                there = self._exchange.device
+                total = self._exchange(torch.stack([moved(each, there) for each in sums]).sum(0))
+                sums = [total.view(1)]
             partials = [
-                torch.stack([moved(total, device.device) for total in totals])
-                for device in self._devices
+                torch.cat([moved(each, device.device) for each in sums]) for device in self._devices
             ]
+            if not partials:
+                return [], float(sums[0])
         squares = float(self._devices[0].kernels.total(partials[0])) if to_host else None
         return partials, squares
 

@@ -28,7 +28,7 @@ def packed(x, packing, random=None):
 
     def bits(like):
         if random is None:
-            return random_bits(0, 1, 0, like)
+            return random_bits(0, 1, 0, 0, like)
         return torch.full_like(like, random, dtype=torch.int64)
 
     stored.pack_(x, bits)
@@ -134,7 +134,7 @@ def test_stochastic_rounding_of_what_is_exact_or_not_finite(random):
 
 
 def uniform(n=2**20, seed=5, step=7, param=3):
-    return random_bits(seed, step, param, torch.empty(n)).double() / 2**32
+    return random_bits(seed, step, param, 0, torch.empty(n)).double() / 2**32
 
 
 def correlation(a, b):

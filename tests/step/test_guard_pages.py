@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from helpers import CASES, ISAS, run_file
-from test_lifecycle import MODES, suits
+from test_lifecycle import PAIRS, suits
 
 import fastopt
 from fastopt.step import dispatch
@@ -72,7 +72,7 @@ def numbers(n, dtype, seed=0):
 def cases():
     """Functions of a list of lengths, with their arguments."""
     for isa, at_end, gaps in itertools.product(ISAS, (False, True), (False, True)):
-        for dtype, modes in MODES.items():
+        for dtype, modes in PAIRS.items():
             yield norms, isa, (dtype, at_end, gaps)
             for (cls, variant), mode in itertools.product(CASES, modes):
                 if suits(cls.rule.name, variant, mode, [dtype]):

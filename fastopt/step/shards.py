@@ -1,0 +1,284 @@
+"""Shards: a parameter is local memory, and where that piece lies in the whole.
+
+All that fastopt knows of DTensors is here. Plans, kernels, packings and rules see local memory
+only; states live in ``optimizer.state`` as DTensors, distributed as their parameter is.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..packing import PACKINGS, memory_order
+from ..precision import MASTER_DTYPES, Kept
+
+Rank = int
+Group = Any  # a torch.distributed.ProcessGroup
+
+
+def is_shard(tensor: object) -> bool:
+    """Whether it is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # else nobody has made one
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """Of a DTensor the part that this process has; anything else as it is."""
+    if not is_shard(tensor):
+        return tensor
+    part = tensor._local_tensor
+    return part.wait() if hasattr(part, "wait") else part  # a collective that still runs
+
+
+def local_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as this process has it, to be read only."""
+    return {key: local(value) for key, value in state.items()} if is_shard(param) else state
+
+
+def whole_state(param: Tensor, entries: dict[str, Any]) -> dict[str, Any]:
+    """New entries of a parameter's state, made of what this process has of them."""
+    if not is_shard(param):
+        return entries
+    return {key: part if key == "step" else like(param, part) for key, part in entries.items()}
+
+
+def like(param: Any, part: Tensor) -> Tensor:
+    """The DTensor that has this part here, and is distributed as the parameter is."""
+    from torch.distributed.tensor import DTensor
+
+    whole = DTensor.from_local(
+        part.detach(),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+    if hasattr(part, "_checksums"):
+        whole._local_tensor._checksums = part._checksums  # type: ignore[attr-defined]
+    return whole
+
+
+def check(param: Tensor, grad: Tensor, where: object) -> None:
+    """Raises where a gradient is not distributed as its parameter is.
+
+    Raises:
+        RuntimeError: as in `checks.check_dense`.
+    """
+    if found := _misplaced(param, grad):
+        raise RuntimeError(
+            f"{where} is {_kind(param)} and its gradient {found}: redistribute the gradient before "
+            "the step, param.grad = param.grad.redistribute(placements=param.placements)"
+        )
+
+
+def check_state(param: Tensor, state: dict[str, Any], keys: Iterable[str], where: object) -> None:
+    """The same of the entries of a parameter's state that a rule or a mode can have."""
+    for key in (*MASTER_DTYPES, *keys):
+        if state.get(key) is not None and (found := _misplaced(param, state[key])):
+            raise RuntimeError(
+                f"{where} is {_kind(param)} and its state {key!r} {found}: load a state dict of a "
+                "model that is distributed alike, through torch.distributed.checkpoint, or delete "
+                "the parameter's entry in optimizer.state"
+            )
+
+
+def _kind(tensor: Any) -> str:
+    if not is_shard(tensor):
+        return "a plain tensor" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+    return f"a DTensor with the placements {tensor.placements} on {tensor.device_mesh}"
+
+
+def _misplaced(param: Any, tensor: Any) -> str:
+    """What a gradient or state is, where it is not distributed as its parameter; else ""."""
+    if is_shard(param) and is_shard(tensor):
+        if (tensor.device_mesh, tensor.placements) == (param.device_mesh, param.placements):
+            return ""
+    elif is_shard(param) == is_shard(tensor):
+        return ""
+    return _kind(tensor)
+
+
+def offset(param: Tensor, forms: Iterable[Kept], where: object) -> int:
+    """The place of this process's first element in the whole, in memory order, where random numbers
+    go by it.
+
+    Raises:
+        ValueError: ``forms`` are not for such a shard.
+    """
+    packings = [PACKINGS[form.packing] for form in forms]
+    if not is_shard(param) or not any(packing.is_random for packing in packings):
+        return 0
+    if any(packing.is_coded for packing in packings):
+        raise ValueError(
+            f"{where} is {_kind(param)}, for which state_dtype='8bit' does not work: use "
+            "torch.bfloat16 or torch.float32"
+        )
+    found: int | None = _offset(param)
+    if found is None:
+        raise ValueError(
+            f"{where} is {_kind(param)}, of which a rank has no run of elements in order, and so "
+            "not the random numbers of one process: use no stochastic rounding (master_weights="
+            "'stochastic', state_dtype=torch.bfloat16), or shard dimension 0"
+        )
+    return found
+
+
+def _offset(param: Any) -> Any:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, begin = compute_local_shape_and_global_offset(
+        param.shape, param.device_mesh, param.placements
+    )
+    if 0 in shape:
+        return 0
+    order = memory_order(local(param))
+    cut = [place for place, d in enumerate(order) if shape[d] != param.shape[d]]
+    if not cut:
+        return 0
+    first = cut[0]
+    # All that is outside of the dimension that is cut first must be one slice.
+    if len(cut) > 1 or math.prod(param.shape[d] for d in order[:first]) != 1:
+        return None
+    return int(begin[order[first]]) * math.prod(param.shape[d] for d in order[first + 1 :])
+
+
+class _Sum(NamedTuple):
+    """One of the sums that a norm is made of.
+
+    Args:
+        ranks: those that have a part of it, in order; one of each set of replicas.
+        span: all ranks that want it, which may be more.
+    """
+
+    ranks: tuple[Rank, ...]
+    span: tuple[Rank, ...]
+
+
+class Exchange:
+    """The sums of squares of all ranks: what makes a norm global.
+
+    Args:
+        params: all parameters of an optimizer, with a gradient or without.
+        norm_group: the ranks of plain parameters, of which each has only some.
+
+    Attributes:
+        classes: for each parameter the index of the sum that it is part of.
+        n: how many there are.
+        spans: the ranks of each collective: one, unless there are meshes side by side.
+    """
+
+    def __init__(self, params: Sequence[Tensor], norm_group: Group | None = None) -> None:
+        numbers: dict[_Sum, int] = {}
+        sums = {}  # by what they depend on, because ranks of a mesh are slow to tell
+        self.classes: list[int] = []
+        param: Any
+        for param in params:
+            key = (param.device_mesh, param.placements) if is_shard(param) else None
+            if key not in sums:
+                sums[key] = _sum_of(param, norm_group)
+            self.classes.append(numbers.setdefault(sums[key], len(numbers)))
+        self.n = max(len(numbers), 1)
+        self._sums = [*numbers]
+        wide = {each.span for each in numbers if len(each.span) > 1}
+        self.spans = [s for s in wide if not any({*s} < {*other} for other in wide)]
+        self.spans.sort()
+        self._norm_group = norm_group
+        #: Where the collectives take their tensors from.
+        self.device = torch.device("cpu")
+        first: Any = next(filter(is_shard, params), None)
+        if first is not None:
+            self.device = torch.device(first.device_mesh.device_type)
+        elif params:
+            self.device = params[0].device
+
+    def __bool__(self) -> bool:
+        return bool(self.spans)
+
+    def __call__(self, squares: Tensor) -> Tensor:
+        """The sum over all ranks.
+
+        Args:
+            squares: fp64 [n]: this rank's part of each sum.
+
+        Returns:
+            fp64, 0-dim, the same on all ranks.
+
+        Raises:
+            RuntimeError: the ranks do not take part alike.
+        """
+        import torch.distributed as dist
+
+        found = []
+        for span in self.spans:
+            mine = [k for k, each in enumerate(self._sums) if {*each.span} <= {*span}]
+            group = _group(span, self._norm_group)
+            here = squares[mine].contiguous()
+            there = torch.empty(len(span) * len(mine), dtype=here.dtype, device=here.device)
+            try:
+                dist.all_gather_into_tensor(there, here, group=group)
+            except (RuntimeError, ValueError) as error:
+                raise RuntimeError(
+                    f"the norm of the gradients could not be exchanged between the ranks {span}: "
+                    "each of them must make this step, with the same parameters, meshes and "
+                    "max_norm"
+                ) from error
+            # In the order of the ranks, so that each adds up the same numbers in the same order.
+            places = [
+                span.index(rank) * len(mine) + i
+                for i, k in enumerate(mine)
+                for rank in self._sums[k].ranks
+            ]
+            found.append(there[torch.tensor(places, device=there.device)])
+        alone = [k for k, each in enumerate(self._sums) if len(each.span) == 1]
+        return torch.cat([*found, squares[alone]]).sum()
+
+
+def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
+    import torch.distributed as dist
+
+    if not is_shard(param):
+        if norm_group is None:
+            return _Sum((0,), (0,))
+        ranks = tuple(dist.get_process_group_ranks(norm_group))
+        return _Sum(ranks, tuple(sorted(ranks)))
+    mesh = param.device_mesh.mesh
+    cut = [not placement.is_replicate() for placement in param.placements]
+    if not any(cut):
+        return _Sum((0,), (0,))  # as plain parameters, of which all ranks have the same
+    some = mesh[tuple(slice(None) if is_cut else 0 for is_cut in cut)]
+    return _Sum(tuple(some.flatten().tolist()), tuple(sorted(mesh.flatten().tolist())))
+
+
+_groups: dict[tuple[Rank, ...], tuple[Group, Group]] = {}
+
+
+def _group(ranks: tuple[Rank, ...], known: Group | None) -> Group | None:
+    """The process group of these ranks; None for that of all."""
+    import torch.distributed as dist
+
+    if ranks == tuple(range(dist.get_world_size())):
+        return None
+    if known is not None and ranks == tuple(sorted(dist.get_process_group_ranks(known))):
+        return known
+    world, group = _groups.get(ranks, (None, None))
+    if world is not dist.group.WORLD:
+        group = dist.new_group([*ranks], use_local_synchronization=True)
+        _groups[ranks] = dist.group.WORLD, group
+    return group
+
+
+def is_flat(param: Tensor) -> bool:
+    """Whether it belongs to FSDP1, whose ranks have plain tensors of only some elements."""
+    return bool(getattr(param, "_fsdp_flattened", False))
+
+
+LACKS_GROUP = (
+    "the norm of parameters of FullyShardedDataParallel, of which each rank has only a part, needs "
+    "norm_group=: pass the process group that they are sharded over"
+)

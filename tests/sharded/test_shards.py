@@ -1,0 +1,109 @@
+"""DTensor parameters: the bits of one process that is given the same gradients."""
+
+import math
+
+import pytest
+import torch
+from helpers import BACKENDS, BF16, FP16, FP32, FP64, assert_same_bits, each_case, set_grads
+from ranks import run
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+import fastopt
+
+SHAPES = [(7, 5), (8, 4, 2), (1,), (130, 70), (3, 3)]
+S0, S1, R = Shard(0), Shard(1), Replicate()
+
+
+def distributed(tensor, mesh, placements):
+    if tensor.ndim == 1:
+        placements = [S0 if p == S1 else p for p in placements]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def new_pair(cls, mesh, placements, dtype, **settings):
+    """An optimizer of DTensors, and one of the same numbers in one process."""
+    generator = torch.Generator().manual_seed(0)
+    wholes = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    shards = [torch.nn.Parameter(distributed(whole, mesh, placements)) for whole in wholes]
+    plain = [torch.nn.Parameter(whole.clone()) for whole in wholes]
+    return cls(shards, **settings), cls(plain, **settings)
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def step_both(pair, step):
+    sharded, plain = pair
+    set_grads(params_of(plain), step)
+    for param, other in zip(params_of(sharded), params_of(plain), strict=True):
+        param.grad = distributed(other.grad, param.device_mesh, param.placements)
+    for optimizer in pair:
+        optimizer.step()
+
+
+def whole(tensor):
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # which gloo does not send
+        return tensor.int().full_tensor().short()
+    return tensor.full_tensor()
+
+
+def assert_same(sharded, plain):
+    for param, other in zip(params_of(sharded), params_of(plain), strict=True):
+        assert_same_bits([whole(param)], [other])
+        state, other_state = sharded.state[param], plain.state[other]
+        assert state.keys() == other_state.keys()
+        for name, value in state.items():
+            assert isinstance(value, DTensor) == (name != "step")
+            assert_same_bits([whole(value)], [other_state[name]])
+
+
+def same_bits(shape, placements, cls, dtype, settings):
+    mesh = init_device_mesh("cpu", shape)
+    pair = new_pair(cls, mesh, placements, dtype, **settings)
+    for step in range(4):
+        step_both(pair, step)
+        if step and settings.get("backend") != "reference":
+            assert pair[0]._plan is not None
+        if pair[0].grad_norm is not None:
+            assert_same_bits([pair[0].grad_norm.float()], [pair[1].grad_norm.float()])
+    assert_same(*pair)
+
+
+LAYOUTS = [((2,), (S0,)), ((3,), (S0,)), ((2,), (S1,)), ((2, 2), (S0, S1)), ((2, 2), (R, S0))]
+LAYOUTS += [((2,), (R,)), ((4,), (S0,)), ((2, 2), (S0, S0)), ((2, 2), (S1, S0))]
+MODES = [
+    *((BF16, {"master_weights": master}) for master in ("split", "fp32", "stochastic", None)),
+    (BF16, {"master_weights": "split", "state_dtype": BF16}),
+    *((FP16, {"master_weights": master}) for master in ("fp32", None)),
+    (FP32, {"state_dtype": BF16}),
+]
+
+
+@each_case
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_every_rule(cls, variant, max_norm):
+    run(2, same_bits, (2,), (S0,), cls, FP32, {**variant, "max_norm": max_norm})
+
+
+@pytest.mark.parametrize(("shape", "placements"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("dtype", "settings"), [(FP32, {}), (BF16, {})], ids=str)
+def test_every_layout(shape, placements, dtype, settings):
+    settings = {**settings, "max_norm": 1.0}
+    run(math.prod(shape), same_bits, shape, placements, fastopt.AdamW, dtype, settings)
+
+
+def test_fp64():
+    """Here the last bit of the norm shows, whose squares each rank adds up first."""
+    run(2, same_bits, (2,), (S0,), fastopt.AdamW, FP64, {})
+    run(3, same_bits, (3,), (S0,), fastopt.AdamW, FP64, {"max_norm": math.inf})
+
+
+@pytest.mark.parametrize(("dtype", "settings"), MODES, ids=str)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_mode(world, dtype, settings, backend):
+    settings = {**settings, "max_norm": 1.0, "backend": backend}
+    run(world, same_bits, (world,), (S0,), fastopt.AdamW, dtype, settings)
