@@ -248,6 +248,7 @@ def convert(
                     )
             shards.check_state(param, state, precision.keys(rule.states), where)
             forms = precision.kept(rule, group, here, names, where)
+            shards.offset(param, forms, where)
             for key in precision.superseded(rule, here, state, forms):
                 state.pop(key, None)
             parts = shards.local_state(param, state)

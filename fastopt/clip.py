@@ -2,21 +2,22 @@
 
 An optimizer's ``max_norm`` and ``clip_value`` do the same within the step, without writing the
 gradients; these functions are for clipping apart from it. They wait for a GPU only to raise where
-the norm is not finite, and where some gradients are on the CPU.
+the norm is not finite, and where some gradients are on the CPU. Of DTensors the norm is that of the
+whole gradients: every rank must call the function, with gradients of the same parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dynamo import untraced
 from .rule import sqrt
-from .step import checks, dispatch
+from .step import checks, dispatch, shards
 from .step.backends import Cpp, Reference, Triton
 from .step.devices import moved
 from .step.plan import norm_options
@@ -40,8 +41,8 @@ def get_total_norm(
         foreach: accepted for torch's sake.
 
     Returns:
-        0-dim, fp32 (fp64 where a tensor is), on the first tensor's device. The sum is in fp64, in
-        an order that depends on nothing but the tensors' sizes.
+        0-dim, fp32 (fp64 where a tensor is), on the first tensor's device; no DTensor. The sum is
+        in fp64, in an order that depends on nothing but the tensors' sizes and their shards.
 
     Raises:
         ValueError: ``norm_type`` is not positive.
@@ -49,7 +50,7 @@ def get_total_norm(
         RuntimeError: the norm is not finite, or a tensor is sparse, complex, ...
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    norm = _total_norm(_by_backend(tensors, "tensor"), norm_type, error_if_nonfinite)
+    norm = _total_norm(_divide(tensors, "tensor"), norm_type, error_if_nonfinite)
     return norm.to(**norm_options(tensors))
 
 
@@ -70,13 +71,20 @@ def clip_grad_norm_(
         max_norm: the gradients are multiplied by min(1, max_norm / (norm + 1e-6)), and by 1 where
             it is infinite.
 
-    Returns, raises, and the other arguments: see `get_total_norm`.
+    Returns, raises, and the other arguments: see `get_total_norm`. ValueError also for parameters
+    of `FullyShardedDataParallel`, which has a method of this name.
     """
     bound = _number("max_norm", max_norm)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if any(map(shards.is_flat, parameters)):
+        raise ValueError(
+            "of the gradients of FullyShardedDataParallel each rank has only a part: use its "
+            "method clip_grad_norm_"
+        )
     grads = _grads(parameters)
-    backends = _by_backend(grads, "gradient", in_place=True)
-    norm = _total_norm(backends, norm_type, error_if_nonfinite)
-    for backend in backends:
+    work = _divide(grads, "gradient", in_place=True)
+    norm = _total_norm(work, norm_type, error_if_nonfinite)
+    for backend in work.backends:
         backend.clip(norm, bound)
     return norm.to(**norm_options(grads))
 
@@ -92,15 +100,28 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         TypeError: ``clip_value`` is no number.
     """
     bound = _number("clip_value", clip_value)
-    for backend in _by_backend(_grads(parameters), "gradient", in_place=True):
+    for backend in _divide(_grads(parameters), "gradient", in_place=True).backends:
         backend.clamp(bound)
 
 
 _BACKENDS: dict[str, type[Reference]] = {"cpp": Cpp, "triton": Triton, "reference": Reference}
 
 
-def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[Reference]:
-    """By the backend that takes them, and the device.
+class _Work(NamedTuple):
+    """Gradients by the backend that takes them, the device, and the sum of the norm they belong to.
+
+    Args:
+        classes: for each backend the index of that sum.
+        exchange: of these sums; None where there is one, of this process alone.
+    """
+
+    backends: list[Reference]
+    classes: list[int]
+    exchange: shards.Exchange | None
+
+
+def _divide(grads: list[Tensor], what: str, in_place: bool = False) -> _Work:
+    """
 
     Raises:
         RuntimeError: one cannot be used; ``what`` it is called there.
@@ -110,9 +131,10 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
     if dispatch.extension() and asked in ("auto", "cpp"):
         plain = Cpp.of_plain(grads)
         if plain is not None:  # the common case: nothing need be looked at in Python
-            return [plain] if grads else []
-    groups: dict[tuple[str, torch.device], list[Tensor]] = {}
-    for i, grad in enumerate(grads):
+            return _Work([plain], [0], None) if grads else _Work([], [], None)
+    exchange = shards.Exchange(grads)
+    groups: dict[tuple[str, torch.device, int], list[Tensor]] = {}
+    for i, grad in enumerate(map(shards.local, grads)):
         if not isinstance(grad, Tensor):
             raise TypeError(f"{what} {i} is {checks.short(grad)}: give tensors")
         where = f"{what} {i}, of shape {tuple(grad.shape)},"
@@ -123,8 +145,12 @@ def _by_backend(grads: list[Tensor], what: str, in_place: bool = False) -> list[
                 "cannot be clipped in place: clone it"
             )
         backend = dispatch.backend_for([grad], asked, where)
-        groups.setdefault((backend, grad.device), []).append(grad)
-    return [_BACKENDS[backend].of_grads(members) for (backend, _), members in groups.items()]
+        groups.setdefault((backend, grad.device, exchange.classes[i]), []).append(grad)
+    return _Work(
+        [_BACKENDS[backend].of_grads(members) for (backend, *_), members in groups.items()],
+        [norm_class for *_, norm_class in groups],
+        exchange if exchange else None,
+    )
 
 
 def _number(name: str, value: Any) -> float:
@@ -134,26 +160,30 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, not {checks.short(value)}") from None
 
 
-def _total_norm(
-    backends: Sequence[Reference], norm_type: float, error_if_nonfinite: bool
-) -> Tensor:
+def _total_norm(work: _Work, norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """In double, 0-dim, on the first one's device."""
     order = _number("norm_type", norm_type)
     if not order > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
-    sums = [backend.power_sum(order) for backend in backends]
+    sums = [backend.power_sum(order) for backend in work.backends]
     sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
-    total = torch.stack([moved(s, sums[0].device) for s in sums])
-    if order == math.inf:
-        norm = total.amax()  # NaN wins
+    add = torch.Tensor.amax if order == math.inf else torch.Tensor.sum  # NaN wins
+    if work.exchange is None:
+        total = add(torch.stack([moved(s, sums[0].device) for s in sums]))
     else:
-        norm = sqrt(total.sum()) if order == 2 else total.sum() ** (1 / order)
-    if error_if_nonfinite and not norm.isfinite():
+        there = work.exchange.device
+        by_class = [torch.zeros(1, dtype=torch.float64, device=there)] * work.exchange.n
+        for norm_class, s in zip(work.classes, sums, strict=True):
+            by_class[norm_class] = torch.cat([by_class[norm_class], moved(s, there).view(1)])
+        total = add(work.exchange(torch.stack([*map(add, by_class)])))
+    if order != math.inf:
+        total = sqrt(total) if order == 2 else total ** (1 / order)
+    if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
-            f"the total norm of order {norm_type} is {norm.item()}, so the gradients cannot be "
+            f"the total norm of order {norm_type} is {total.item()}, so the gradients cannot be "
             "clipped: pass error_if_nonfinite=False to clip all the same"
         )
-    return norm
+    return total
 
 
 def _grads(parameters: Tensors) -> list[Tensor]:

@@ -363,6 +363,7 @@ class Optimizer(torch.optim.Optimizer):
                 place = Place(group, g, i)
                 here = shards.local(param)
                 forms = precision.kept(self.rule, group, here, self.rule.states_of(group), place)
+                shards.offset(param, forms, place)
                 if param.is_floating_point() and param not in self.state:
                     made = new_states(self.rule, group, here, {}, forms)
                     self.state[param] = shards.whole_state(param, made.new)

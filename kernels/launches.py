@@ -361,7 +361,7 @@ class MultiTensor:
         with torch.device("cpu"):
             first = torch.tensor([slots[i] for i in targets])
             sizes = torch.tensor([self._n_chunks(i) for i in targets])
-            programs = int(sizes.sum())
+            programs = sum(map(self._n_chunks, targets))
             index = torch.arange(programs)
             index -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
             target = torch.tensor(targets).repeat_interleave(sizes)

@@ -257,8 +257,8 @@ class Plan:
                 sums.append(torch.tensor(of_host, dtype=torch.float64, device="cpu"))
             if self._exchange:
                 there = self._exchange.device
-                total = self._exchange(torch.stack([moved(each, there) for each in sums]).sum(0))
-                sums = [total.view(1)]
+                parts = torch.stack([moved(each, there) for each in sums]).sum(0)
+                sums = [self._exchange(parts).sum().view(1)]
             partials = [
                 torch.cat([moved(each, device.device) for each in sums]) for device in self._devices
             ]

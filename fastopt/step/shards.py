@@ -79,7 +79,7 @@ def check(param: Tensor, grad: Tensor, where: object) -> None:
 
 def check_state(param: Tensor, state: dict[str, Any], keys: Iterable[str], where: object) -> None:
     """The same of the entries of a parameter's state that a rule or a mode can have."""
-    for key in (*MASTER_DTYPES, *keys):
+    for key in (*MASTER_DTYPES, *sorted(keys)):
         if state.get(key) is not None and (found := _misplaced(param, state[key])):
             raise RuntimeError(
                 f"{where} is {_kind(param)} and its state {key!r} {found}: load a state dict of a "
@@ -201,16 +201,16 @@ class Exchange:
         return bool(self.spans)
 
     def __call__(self, squares: Tensor) -> Tensor:
-        """The sum over all ranks.
+        """What all ranks have, to be added up.
 
         Args:
             squares: fp64 [n]: this rank's part of each sum.
 
         Returns:
-            fp64, 0-dim, the same on all ranks.
+            fp64 [..]: the same on all ranks, each part once.
 
         Raises:
-            RuntimeError: the ranks do not take part alike.
+            RuntimeError: the ranks do not take part alike, or one of them is gone.
         """
         import torch.distributed as dist
 
@@ -236,7 +236,7 @@ class Exchange:
             ]
             found.append(there[torch.tensor(places, device=there.device)])
         alone = [k for k, each in enumerate(self._sums) if len(each.span) == 1]
-        return torch.cat([*found, squares[alone]]).sum()
+        return torch.cat([*found, squares[alone]])
 
 
 def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
@@ -247,6 +247,11 @@ def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
             return _Sum((0,), (0,))
         ranks = tuple(dist.get_process_group_ranks(norm_group))
         return _Sum(ranks, tuple(sorted(ranks)))
+    if any(placement.is_partial() for placement in param.placements):
+        raise RuntimeError(
+            f"there is {_kind(param)}, whose norm is not known before it is reduced: redistribute "
+            "it to Shard or Replicate"
+        )
     mesh = param.device_mesh.mesh
     cut = [not placement.is_replicate() for placement in param.placements]
     if not any(cut):

@@ -285,10 +285,12 @@ def assert_same_as_plain(wrapped, wanted):
     [(dtype, m) for dtype in (BF16, FP16) for m in ("auto", "fp32", None)] + [(FP32, "auto")],
     ids=str,
 )
-def test_wrapped(wrap, cls, dtype, master):
-    """By torch operators, with an fp32 master: the bits of plain tensors; it resumes too."""
+def test_wrapped(kind, wrap, cls, dtype, master):
+    """The bits of plain tensors; it resumes too. Not a DTensor by torch operators, with an fp32
+    master."""
     shapes = [(7, 5), (300,)]
-    wanted = make(new_params(shapes, dtype), "fp32" if master == "auto" else master, cls)
+    same = "fp32" if master == "auto" and kind != "DTensor" else master
+    wanted = make(new_params(shapes, dtype), same, cls)
     optimizer = make(wrapped_params(wrap, shapes, dtype), master, cls)
     step_wrapped(optimizer, wrap, range(3))
     take_steps(wanted, range(3))
@@ -304,6 +306,8 @@ def test_wrapped(wrap, cls, dtype, master):
         if model_first:
             other.load_state_dict(optimizer.state_dict())
         assert_same_as_plain(other, wanted)
+    if kind == "DTensor" and dtype == BF16 and master == "auto":
+        return  # a remainder has checksums only after the first step from the load on
     # Written from outside, what is written wins.
     with torch.no_grad():
         for a, b in zip(parameters(other), parameters(wanted), strict=True):
@@ -318,6 +322,7 @@ def test_wrapped(wrap, cls, dtype, master):
 NEED_MEMORY = {"master_weights": ("split", "stochastic"), "state_dtype": (BF16, "8bit")}
 
 
+@pytest.mark.parametrize("kind", ["TwoTensor"], indirect=True)
 @pytest.mark.parametrize(
     ("setting", "value"),
     [(name, value) for name, pair in NEED_MEMORY.items() for value in pair],
@@ -356,7 +361,7 @@ def test_wrapped_with_plain_states(kind, wrap, master):
     source = make(new_params([(7, 5)], BF16), master)
     take_steps(source, range(2))
     optimizer = make(wrapped_params(wrap, [(7, 5)]))
-    with pytest.raises(RuntimeError, match=f"of shape .* is a {kind} and its state .* a plain"):
+    with pytest.raises(RuntimeError, match=f"of shape .* is a {kind} .*and its state .* a plain"):
         optimizer.load_state_dict(source.state_dict())
     assert not optimizer.state
 

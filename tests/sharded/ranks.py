@@ -1,13 +1,13 @@
 """Processes that make up a world of gloo, kept for all tests: each test's function runs in them."""
 
-import atexit
 import importlib
 import io
 import os
 import sys
 import tempfile
+import time
 import traceback
-from functools import cache
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -18,17 +18,7 @@ TIMEOUT = 120  # seconds, for a test in all ranks
 HERE = Path(__file__).parent
 
 
-@cache
-def _pipes(count):
-    """To so many processes."""
-    context = mp.get_context("spawn")
-    pipes = []
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs,), daemon=True).start()
-        pipes.append(ours)
-    atexit.register(lambda: [pipe.close() for pipe in pipes])
-    return pipes
+_ranks = []  # processes, and pipes to them
 
 
 def run(world, function, *args):
@@ -37,20 +27,33 @@ def run(world, function, *args):
     Returns:
         what each returns, by rank.
     """
-    pipes = _pipes(4)[:world]
+    while len(_ranks) < world:
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        _ranks.append((process, ours))
     with tempfile.TemporaryDirectory() as folder:
         job = function.__module__, function.__name__, args, world, f"file://{folder}/store"
-        for rank, pipe in enumerate(pipes):
+        for rank, (_, pipe) in enumerate(_ranks[:world]):
             pipe.send((rank, *job))
-        answers = [pipe.recv_bytes() if pipe.poll(TIMEOUT) else None for pipe in pipes]
-    found = [None if a is None else torch.load(io.BytesIO(a), weights_only=False) for a in answers]
-    failed = [
-        f"rank {rank}: {text}"
-        for rank, (text, _) in enumerate(f or ("no answer", 0) for f in found)
-        if text
-    ]
+        end = time.monotonic() + TIMEOUT
+        found, left = {}, {pipe: rank for rank, (_, pipe) in enumerate(_ranks[:world])}
+        while left and not any(error for error, _ in found.values()):
+            ready = wait(left, end - time.monotonic())
+            for pipe in ready:
+                answer = io.BytesIO(pipe.recv_bytes())
+                found[left.pop(pipe)] = torch.load(answer, weights_only=False)
+            if not ready:
+                found[-1] = f"no answer from the ranks {[*left.values()]}", None
+        failed = [f"rank {rank}: {error}" for rank, (error, _) in found.items() if error]
+        if failed:  # the others may wait for it
+            for process, _ in _ranks:
+                process.kill()
+                process.join()
+            _ranks.clear()
     assert not failed, "\n".join(failed)
-    return [result for _, result in found]
+    return [found[rank][1] for rank in range(world)]
 
 
 def _serve(pipe):

@@ -1,0 +1,397 @@
+"""Real training on several ranks: FSDP2, tensor parallelism, ZeRO, scalers, checkpoints."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from helpers import BF16, FP32, assert_near_torch, assert_same_bits
+from ranks import run
+from test_shards import params_of, whole
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastopt
+
+
+def new_model(dtype=FP32):
+    """With parameters that two, three or four ranks do not share evenly."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(5, 6), torch.nn.GELU(), torch.nn.Linear(6, 3), torch.nn.LayerNorm(3)
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def sharded_model(kind, world, dtype=FP32):
+    model = new_model(dtype)
+    if kind == "fsdp x tp":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        mesh = mesh["dp"]
+    elif kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    for layer in model:
+        if kind != "one unit" and any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def backward(model, step, rank=0):
+    data = torch.randn(8, 5, generator=torch.Generator().manual_seed(100 * rank + step))
+    dtype = next(model.parameters()).dtype
+    model.zero_grad()
+    (model(data.to(dtype)).square().sum() * 9).backward()
+
+
+def give(source, target):
+    """The whole gradients of one optimizer's parameters to another's."""
+    for param, other in zip(params_of(source), params_of(target), strict=True):
+        other.grad = whole(param.grad)
+
+
+def training(kind, dtype, settings):
+    model = sharded_model(kind, dist.get_world_size(), dtype)
+    optimizer = fastopt.AdamW(model.parameters(), **settings)
+    other = fastopt.AdamW(new_model(dtype).parameters(), **settings)
+    for step in range(4):
+        backward(model, step, dist.get_rank())
+        give(optimizer, other)
+        optimizer.step()
+        other.step()
+        assert optimizer._plan is not None
+        assert optimizer.grad_norm == other.grad_norm
+    for param, twin in zip(params_of(optimizer), params_of(other), strict=True):
+        assert_same_bits([whole(param)], [twin])
+        for name, value in optimizer.state[param].items():
+            assert_same_bits([whole(value)], [other.state[twin][name]])
+
+
+KINDS = [("fsdp", 2), ("fsdp", 3), ("one unit", 4), ("hsdp", 4), ("fsdp x tp", 4)]
+
+
+@pytest.mark.parametrize(("dtype", "settings"), [(FP32, {}), (BF16, {}), (FP32, {"max_norm": 0.5})])
+@pytest.mark.parametrize(("kind", "world"), KINDS)
+def test_training(kind, world, dtype, settings):
+    run(world, training, kind, dtype, settings)
+
+
+def near_torch(cls, settings):
+    models = [sharded_model("fsdp", dist.get_world_size()) for _ in range(2)]
+    ours = getattr(fastopt, cls)(models[0].parameters(), **settings, max_norm=0.5)
+    theirs = getattr(torch.optim, cls)(models[1].parameters(), **settings)
+    for step in range(5):
+        for model in models:
+            backward(model, step, dist.get_rank())
+        for mine, its in zip(params_of(ours), params_of(theirs), strict=True):
+            mine.grad = its.grad
+        ours.step()
+        norm = torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+        theirs.step()
+        torch.testing.assert_close(ours.grad_norm, norm.full_tensor(), rtol=1e-6, atol=0)
+    assert_near_torch([*map(whole, params_of(ours))], [*map(whole, params_of(theirs))])
+
+
+@pytest.mark.parametrize("cls", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW"])
+def test_near_torch(cls):
+    run(2, near_torch, cls, {"lr": 0.01})
+
+
+class Collectives(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counted = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            self.counted[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(kind):
+    model = sharded_model(kind, dist.get_world_size())
+    optimizer = fastopt.AdamW(model.parameters())
+    found = []
+    for step, max_norm in enumerate((None, None, 1.0, 1.0)):
+        backward(model, step)
+        optimizer.param_groups[0]["max_norm"] = max_norm
+        with Collectives() as collectives:
+            optimizer.step()
+        found.append(dict(collectives.counted))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("hsdp", 4), ("fsdp x tp", 4)])
+def test_collectives(kind, world):
+    """None without ``max_norm``, with it one, whatever the number of parameters and meshes."""
+    for found in run(world, collectives, kind):
+        assert found == [{}, {}, *[{"_allgather_base_": 1}] * 2]
+
+
+def missing_gradients(max_norm):
+    """Rank 1 has none at all; it takes part in the norm all the same."""
+    model = sharded_model("fsdp", 2)
+    optimizer = fastopt.SGD(model.parameters(), lr=0.5, max_norm=max_norm)
+    backward(model, 0)
+    mine = sum(param.grad._local_tensor.double().square().sum() for param in model.parameters())
+    if dist.get_rank() == 1:
+        model.zero_grad()
+    before = [param._local_tensor.clone() for param in model.parameters()]
+    optimizer.step()
+    same = [
+        torch.equal(param._local_tensor, old)
+        for param, old in zip(model.parameters(), before, strict=True)
+    ]
+    return mine.sqrt().item(), optimizer.grad_norm.item(), any(same)
+
+
+def test_a_rank_without_gradients():
+    (norm, found, _), (_, other, unchanged) = run(2, missing_gradients, 1.0)
+    assert found == other == pytest.approx(norm, rel=1e-6)
+    assert unchanged
+
+
+def scaled(scaler_class, settings, faulty):
+    model = sharded_model("fsdp", 2)
+    optimizer = fastopt.AdamW(model.parameters(), **settings)
+    scaler = scaler_class("cpu", init_scale=2.0**10, growth_interval=1)
+    before = [whole(param).clone() for param in model.parameters()]
+    found = []
+    for step in range(3):
+        model.zero_grad()
+        scaler.scale(model(torch.ones(2, 5)).square().sum()).backward()
+        if step in faulty and dist.get_rank() == 1:
+            next(model.parameters()).grad._local_tensor.fill_(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        now = [whole(param).clone() for param in model.parameters()]
+        found.append((any(map(torch.equal, now, before)), scaler.get_scale()))
+        before = now
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_norm": 1.0}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fastopt.GradScaler])
+def test_an_overflow_on_one_rank(scaler_class, settings):
+    """All skip that step."""
+    for found in run(2, scaled, scaler_class, settings, (1,)):
+        assert found == [(False, 2.0**11), (True, 2.0**10), (False, 2.0**11)]
+
+
+def some_parameters(settings, needs_group):
+    """Each rank has other plain parameters, and the norm is that of all."""
+    torch.manual_seed(0)
+    every = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(5)]
+    mine = every[dist.get_rank() :: dist.get_world_size()]
+    optimizer = fastopt.AdamW(
+        mine, norm_group=dist.group.WORLD if needs_group else None, **settings
+    )
+    for _ in range(3):
+        for param in every:
+            param.grad = torch.randn(5, 3) * 3
+        optimizer.step()
+    norm = torch.nn.utils.get_total_norm([param.grad for param in every])
+    twin = copy.deepcopy(optimizer)
+    assert twin.norm_group is optimizer.norm_group
+    if needs_group:
+        with pytest.raises(TypeError, match="an optimizer with a norm_group cannot be pickled"):
+            copy.copy(optimizer).__reduce_ex__(2)[2]["norm_group"].__reduce__()
+    return norm.item(), optimizer.grad_norm.item()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_norm_group(world, backend):
+    found = run(world, some_parameters, {"max_norm": 1.0, "backend": backend}, True)
+    (norm, first), *_ = found
+    assert all(each == (norm, first) for each in found)
+    assert first == pytest.approx(norm, rel=1e-6)
+    alone = run(world, some_parameters, {"max_norm": 1.0, "backend": backend}, False)
+    assert len({norm for _, norm in alone}) == world
+
+
+def zero(settings, dtype):
+    """Against the same optimizer in DDP's place."""
+    model, other = new_model(dtype), new_model(dtype)
+    sharded = ZeroRedundancyOptimizer(model.parameters(), fastopt.AdamW, **settings)
+    sharded.optim.norm_group = dist.group.WORLD
+    plain = fastopt.AdamW(other.parameters(), **settings)
+    for step in range(3):
+        backward(other, step)
+        for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+            param.grad = twin.grad.clone()
+        sharded.step()
+        plain.step()
+        assert_same_bits(model.parameters(), other.parameters())
+    sharded.consolidate_state_dict(0)
+    if dist.get_rank() == 0:
+        fresh = fastopt.AdamW(other.parameters(), **settings)
+        fresh.load_state_dict(sharded.state_dict())
+        for found, wanted in zip(fresh.state.values(), plain.state.values(), strict=True):
+            assert found.keys() == wanted.keys()
+            assert_same_bits(found.values(), wanted.values())
+
+
+ZERO = [(FP32, {"max_norm": 0.5}), *((BF16, {"master_weights": m}) for m in ("split", "fp32"))]
+
+
+@pytest.mark.parametrize(("dtype", "settings"), ZERO, ids=str)
+def test_zero(dtype, settings):
+    run(2, zero, settings, dtype)
+
+
+def test_fsdp1():
+    """Its parameters, which need an accelerator, have a mark."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param._fsdp_flattened = True
+    param.grad = torch.ones(3)
+    optimizer = fastopt.AdamW([param], max_norm=0.5)
+    for max_norm in (0.5, None, 0.5):
+        optimizer.param_groups[0]["max_norm"] = max_norm
+        if max_norm is None:
+            optimizer.step()
+            continue
+        before = param.detach().clone()
+        with pytest.raises(ValueError, match="FullyShardedDataParallel.*needs norm_group="):
+            optimizer.step()
+        assert_same_bits([param], [before])
+    with pytest.raises(ValueError, match="use its method clip_grad_norm_"):
+        fastopt.clip_grad_norm_([param], 1.0)
+
+
+def free_functions(kind, norm_type):
+    model = sharded_model(kind, dist.get_world_size())
+    backward(model, 0)
+    other = new_model()
+    give_params = zip(model.parameters(), other.parameters(), strict=True)
+    for param, twin in give_params:
+        twin.grad = whole(param.grad)
+    wanted = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5, norm_type)
+    for _ in range(2):
+        norm = fastopt.get_total_norm([p.grad for p in model.parameters()], norm_type)
+        assert type(norm) is torch.Tensor
+    assert_close = torch.testing.assert_close
+    assert_close(norm, wanted, rtol=1e-5, atol=0)
+    assert fastopt.clip_grad_norm_(model.parameters(), 0.5, norm_type) == norm
+    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(whole(param.grad), twin.grad, rtol=1e-5, atol=1e-9)
+    fastopt.clip_grad_value_(model.parameters(), 1e-3)
+    assert all(
+        param.grad._local_tensor.abs().max() <= 1e-3
+        for param in model.parameters()
+        if param.grad._local_tensor.numel()
+    )
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf, 3.0])
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("fsdp x tp", 4)])
+def test_free_functions(kind, world, norm_type):
+    """Also where torch's raise: on parameters of several meshes."""
+    run(world, free_functions, kind, norm_type)
+
+
+def save(folder, kind, dtype, settings):
+    model = sharded_model(kind, dist.get_world_size(), dtype)
+    optimizer = fastopt.AdamW(model.parameters(), **settings)
+    steps(model, optimizer, range(3), dtype)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+
+
+def steps(model, optimizer, numbers, dtype):
+    """With the same gradients on any number of ranks."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=generator).to(dtype)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(
+                    grad, param.device_mesh, param.placements, src_data_rank=None
+                )
+            param.grad = grad
+        optimizer.step()
+
+
+def load(folder, kind, dtype, settings):
+    world = dist.get_world_size()
+    model = sharded_model(kind, world, dtype) if kind else new_model(dtype)
+    optimizer = fastopt.AdamW(model.parameters(), **settings)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    steps(model, optimizer, range(3, 5), dtype)
+    other = new_model(dtype)
+    twin = fastopt.AdamW(other.parameters(), **settings)
+    steps(other, twin, range(5), dtype)
+    for param, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same_bits([whole(param)], [its])
+        for name, value in twin.state[its].items():
+            assert_same_bits([whole(optimizer.state[param][name])], [value])
+
+
+RESHARDED = [
+    (FP32, {}),
+    *((BF16, {"master_weights": master}) for master in ("split", "fp32", "stochastic")),
+    (BF16, {"state_dtype": BF16}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "settings"), RESHARDED, ids=str)
+def test_saved_on_two_ranks_loaded_on_others(tmp_path, dtype, settings):
+    settings = {**settings, "max_norm": 1.0}
+    run(2, save, tmp_path, "fsdp", dtype, settings)
+    is_random = "stochastic" in settings.values() or BF16 in settings.values()
+    four = "one unit" if is_random else "fsdp x tp"  # whose random numbers would be others
+    for world, kind in ((3, "fsdp"), (4, four), (1, "fsdp"), (1, "")):
+        run(world, load, tmp_path, kind, dtype, settings)
+
+
+def refused():
+    mesh = init_device_mesh("cpu", (2,))
+    whole_param = torch.ones(4, 3)
+    param = torch.nn.Parameter(distribute_tensor(whole_param, mesh, [Shard(0)]))
+    optimizer = fastopt.AdamW([param], max_norm=1.0)
+    partial = DTensor.from_local(whole_param, mesh, [dist.tensor.Partial()], run_check=False)
+    replicated = distribute_tensor(whole_param, mesh, [Replicate()])
+    for grad, found in ((partial, "Partial"), (replicated, "Replicate")):
+        param.grad = None
+        object.__setattr__(param, "grad", grad)
+        with pytest.raises(
+            RuntimeError, match=rf"parameter 0 .*Shard.* gradient a DTensor.*{found}"
+        ):
+            optimizer.step()
+        assert not optimizer.state
+    with pytest.raises(RuntimeError, match="a DTensor with the placements .*Partial.*redistribute"):
+        fastopt.get_total_norm([partial])
+    param.grad = distribute_tensor(whole_param, mesh, [Shard(0)])
+    optimizer.step()
+    state = optimizer.state[param]
+    state["exp_avg"] = state["exp_avg"]._local_tensor
+    with pytest.raises(RuntimeError, match="state 'exp_avg' a plain tensor: load"):
+        optimizer.step()
+    for settings in ({"state_dtype": "8bit"}, {"state_dtype": BF16}):
+        across = torch.nn.Parameter(distribute_tensor(whole_param, mesh, [Shard(1)]))
+        across.grad = distribute_tensor(whole_param, mesh, [Shard(1)])
+        with pytest.raises(ValueError, match="parameter 0 .*is a DTensor .*: use"):
+            fastopt.AdamW([across], **settings).step()
+    saved = fastopt.AdamW([across])
+    saved.step()
+    other = torch.nn.Parameter(torch.ones(4, 3))
+    with pytest.raises(RuntimeError, match="is a plain tensor and its state 'exp_avg' a DTensor"):
+        fastopt.AdamW([other]).load_state_dict(saved.state_dict())
+
+
+def test_what_is_refused():
+    run(2, refused)
