@@ -200,7 +200,7 @@ py::object Watch::asked_grad(const Item& item) const {
 
 // Whether DTensors have the parts that they had.
 bool Watch::parts_hold(const Item& item) const {
-  if (item.spec && spec_of(item.param).ptr() != item.spec) return false;
+  if (spec_of(item.param).ptr() != item.spec) return false;
   for (size_t p = item.parts; p < item.parts_end; ++p)
     if (local_of(parts_[p].whole).ptr() != parts_[p].local) return false;
   return true;
@@ -239,7 +239,8 @@ bool Watch::holds(std::vector<Param>& params, int threads) {
   // In this thread alone: torch may want the GIL for a gradient that is a Python object too.
   same_grads_ = true;
   for (size_t i = 0; i < items_.size(); ++i) {
-    if (!parts_hold(items_[i]) || !take_grad(i, params[i].grad())) return release(), false;
+    if (items_[i].spec && !parts_hold(items_[i])) return release(), false;
+    if (!take_grad(i, params[i].grad())) return release(), false;
     same_grads_ &= items_[i].has_grad == items_[i].had_grad;
   }
   // No Python object is changed or called, so the threads share the wait for memory, while this one
@@ -266,17 +267,18 @@ void Watch::release() {
   for (HeldTensor& held : held_) held.release();
 }
 
+static void increment(uint32_t* version) {
+  if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
+}
+
 void Watch::count(int threads) {
   parallel_for(static_cast<int64_t>(items_.size()), 256, repeats_ ? 1 : threads, [&](int64_t i) {
     const Item& item = items_[i];
     if (!item.has_grad) return;
     if (item.step) *item.step += 1;
     if (!versions_known()) return;
-    for (const PyObject* tensor : {item.param, item.local}) {
-      uint32_t* version = TorchTensor::of(tensor).version();
-      if (version) __atomic_fetch_add(version, 1, __ATOMIC_RELAXED);
-      if (!item.spec) break;
-    }
+    increment(TorchTensor::of(item.param).version());
+    if (item.spec) increment(TorchTensor::of(item.local).version());
   });
 }
 

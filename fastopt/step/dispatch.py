@@ -13,7 +13,7 @@ from torch import Tensor
 from ..packing import STORAGES
 from ..rule import ASSIGN, HEAD, Rule
 from . import torch_abi
-from .checks import is_wrapper, warn_once
+from .checks import is_faking, is_wrapper, warn_once
 from .torch_abi import Fields
 
 # Not when the first optimizer needs it: a process may be forked before, which the extension has to
@@ -154,12 +154,12 @@ def backend_for(tensors: list[Tensor], backend: str, where: object, rule: Rule =
     if backend != "auto":
         obstacle = obstacle or f"is on {tensors[0].device}"
         raise RuntimeError(f"{where} {obstacle}, which {backend=} cannot update: use 'auto'")
-    if obstacle:
+    if obstacle and not is_faking():
         warn_once(
             f"fastopt steps a parameter that {obstacle} with its slow reference backend, about a "
             "millisecond each in every step"
         )
-    else:
+    elif not obstacle:
         reason = lacks or (_loaded(wanted)[1] if wanted else "it has no kernels for that device")
         warn_once(f"fastopt steps {kind} parameters with its slow reference backend: {reason}")
     return "reference"

@@ -130,22 +130,24 @@ def offset(param: Tensor, forms: Iterable[Kept], where: object) -> int:
 
 
 def _offset(param: Any) -> Any:
+    """See `offset`. None, on all ranks alike, where a rank has no run of elements."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, begin = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    if 0 in shape:
-        return 0
-    order = memory_order(local(param))
-    cut = [place for place, d in enumerate(order) if shape[d] != param.shape[d]]
+    mesh, placements = param.device_mesh, param.placements
+    order = memory_order(param)
+    cut = {
+        order.index(placement.dim)
+        for placement, ranks in zip(placements, mesh.shape, strict=True)
+        if not placement.is_replicate() and ranks > 1
+    }
     if not cut:
         return 0
-    first = cut[0]
-    # All that is outside of the dimension that is cut first must be one slice.
+    first = min(cut)
+    # All that is outside of the dimension that is cut must be one slice.
     if len(cut) > 1 or math.prod(param.shape[d] for d in order[:first]) != 1:
         return None
-    return int(begin[order[first]]) * math.prod(param.shape[d] for d in order[first + 1 :])
+    _, begin = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    return begin[order[first]] * math.prod(param.shape[d] for d in order[first + 1 :])
 
 
 class _Sum(NamedTuple):

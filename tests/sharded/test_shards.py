@@ -9,6 +9,7 @@ from ranks import run
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fastopt
+from fastopt.step import shards
 
 SHAPES = [(7, 5), (8, 4, 2), (1,), (130, 70), (3, 3)]
 S0, S1, R = Shard(0), Shard(1), Replicate()
@@ -93,6 +94,24 @@ def test_every_rule(cls, variant, max_norm):
 def test_every_layout(shape, placements, dtype, settings):
     settings = {**settings, "max_norm": 1.0}
     run(math.prod(shape), same_bits, shape, placements, fastopt.AdamW, dtype, settings)
+
+
+def offsets(shape, placements):
+    """Of pieces whose elements are numbered."""
+    mesh = init_device_mesh("cpu", shape)
+    for size in [(8, 3), (7, 2), (5, 1), (3, 4, 2), (1, 6)]:
+        whole = torch.arange(math.prod(size)).view(size)
+        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        part = shards.local(shard).flatten()
+        found = shards._offset(shard)
+        if found is not None:
+            assert torch.equal(part, found + torch.arange(len(part)))
+        assert (found is None) == (S1 in placements and (size[0] > 1 or S0 in placements))
+
+
+@pytest.mark.parametrize(("shape", "placements"), LAYOUTS, ids=str)
+def test_where_a_piece_begins(shape, placements):
+    run(math.prod(shape), offsets, shape, placements)
 
 
 def test_fp64():
