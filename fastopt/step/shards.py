@@ -244,11 +244,10 @@ class Exchange:
 def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
     import torch.distributed as dist
 
+    alone = _Sum((0,), (0,))  # whatever the rank
     if not is_shard(param):
-        if norm_group is None:
-            return _Sum((0,), (0,))
-        ranks = tuple(dist.get_process_group_ranks(norm_group))
-        return _Sum(ranks, tuple(sorted(ranks)))
+        ranks = () if norm_group is None else tuple(dist.get_process_group_ranks(norm_group))
+        return _Sum(ranks, tuple(sorted(ranks))) if len(ranks) > 1 else alone
     if any(placement.is_partial() for placement in param.placements):
         raise RuntimeError(
             f"there is {_kind(param)}, whose norm is not known before it is reduced: redistribute "
@@ -256,8 +255,8 @@ def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
         )
     mesh = param.device_mesh.mesh
     cut = [not placement.is_replicate() for placement in param.placements]
-    if not any(cut):
-        return _Sum((0,), (0,))  # as plain parameters, of which all ranks have the same
+    if not any(cut) or mesh.numel() == 1:
+        return alone  # as plain parameters, of which all ranks have the same
     some = mesh[tuple(slice(None) if is_cut else 0 for is_cut in cut)]
     return _Sum(tuple(some.flatten().tolist()), tuple(sorted(mesh.flatten().tolist())))
 

@@ -189,6 +189,22 @@ def test_an_overflow_on_one_rank(scaler_class, settings):
         assert found == [(False, 2.0**11), (True, 2.0**10), (False, 2.0**11)]
 
 
+def mesh_of_one():
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
+    shard = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
+    plain = torch.nn.Parameter(torch.ones(4))
+    shard.grad = distribute_tensor(torch.full((3,), 2.0), mesh, [Shard(0)])
+    plain.grad = torch.ones(4)
+    optimizer = fastopt.SGD([plain, shard], max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 4
+    assert fastopt.get_total_norm([plain.grad, shard.grad]) == 4
+
+
+def test_a_mesh_of_one_rank():
+    run(2, mesh_of_one)
+
+
 def some_parameters(settings, needs_group):
     """Each rank has other plain parameters, and the norm is that of all."""
     torch.manual_seed(0)
