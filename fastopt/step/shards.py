@@ -17,7 +17,6 @@ from torch import Tensor
 from ..packing import PACKINGS, memory_order
 from ..precision import MASTER_DTYPES, Kept
 
-Rank = int
 Group = Any  # a torch.distributed.ProcessGroup
 
 
@@ -158,8 +157,8 @@ class _Sum(NamedTuple):
         span: all ranks that want it, which may be more.
     """
 
-    ranks: tuple[Rank, ...]
-    span: tuple[Rank, ...]
+    ranks: tuple[int, ...]
+    span: tuple[int, ...]
 
 
 class Exchange:
@@ -186,7 +185,6 @@ class Exchange:
                 sums[key] = _sum_of(param, norm_group)
             self.classes.append(numbers.setdefault(sums[key], len(numbers)))
         self.n = max(len(numbers), 1)
-        self._sums = [*numbers]
         wide = {each.span for each in numbers if len(each.span) > 1}
         self.spans = [s for s in wide if not any({*s} < {*other} for other in wide)]
         self.spans.sort()
@@ -198,6 +196,21 @@ class Exchange:
             self.device = torch.device(first.device_mesh.device_type)
         elif params:
             self.device = params[0].device
+        # What a step indexes by, there already: a copy to a GPU would wait for it.
+        self._mine: list[Tensor] = []  # of each span: its sums
+        self._places: list[Tensor] = []  # in what is gathered, in the order of the ranks
+        for span in self.spans:
+            mine = {each: k for each, k in numbers.items() if {*each.span} <= {*span}}
+            places = [
+                span.index(rank) * len(mine) + i
+                for i, each in enumerate(mine)
+                for rank in each.ranks
+            ]
+            self._mine.append(torch.tensor([*mine.values()], device=self.device))
+            self._places.append(torch.tensor(places, device=self.device))
+        if self.spans:  # else nothing is copied: a CUDA graph may be captured
+            alone = [k for each, k in numbers.items() if len(each.span) == 1]
+            self._alone = torch.tensor(alone, dtype=torch.int64, device=self.device)
 
     def __bool__(self) -> bool:
         return bool(self.spans)
@@ -217,11 +230,10 @@ class Exchange:
         import torch.distributed as dist
 
         found = []
-        for span in self.spans:
-            mine = [k for k, each in enumerate(self._sums) if {*each.span} <= {*span}]
+        for span, mine, places in zip(self.spans, self._mine, self._places, strict=True):
             group = _group(span, self._norm_group)
-            here = squares[mine].contiguous()
-            there = torch.empty(len(span) * len(mine), dtype=here.dtype, device=here.device)
+            here = squares[mine]
+            there = here.new_empty(len(span) * len(here))
             try:
                 dist.all_gather_into_tensor(there, here, group=group)
             except (RuntimeError, ValueError) as error:
@@ -230,15 +242,8 @@ class Exchange:
                     "each of them must make this step, with the same parameters, meshes and "
                     "max_norm"
                 ) from error
-            # In the order of the ranks, so that each adds up the same numbers in the same order.
-            places = [
-                span.index(rank) * len(mine) + i
-                for i, k in enumerate(mine)
-                for rank in self._sums[k].ranks
-            ]
-            found.append(there[torch.tensor(places, device=there.device)])
-        alone = [k for k, each in enumerate(self._sums) if len(each.span) == 1]
-        return torch.cat([*found, squares[alone]])
+            found.append(there[places])  # each rank adds up the same numbers in the same order
+        return torch.cat([*found, squares[self._alone]])
 
 
 def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
@@ -261,10 +266,10 @@ def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
     return _Sum(tuple(some.flatten().tolist()), tuple(sorted(mesh.flatten().tolist())))
 
 
-_groups: dict[tuple[Rank, ...], tuple[Group, Group]] = {}
+_groups: dict[tuple[int, ...], tuple[Group, Group]] = {}
 
 
-def _group(ranks: tuple[Rank, ...], known: Group | None) -> Group | None:
+def _group(ranks: tuple[int, ...], known: Group | None) -> Group | None:
     """The process group of these ranks; None for that of all."""
     import torch.distributed as dist
 
