@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
 
-from fastopt.packing import CODE_BLOCK, PACKINGS, Stored, random_bits
+from fastopt.packing import CODE_BLOCK, PACKINGS, WHOLE, Stored, random_bits
 
 from .demo import Batch, batch_loss, batches, standard_library_text
 from .gpt import GPT, GPTConfig
@@ -43,19 +43,22 @@ def packed(packing: str, nearest: bool, x: Tensor, step: int) -> Tensor:
     def random(like: Tensor) -> Tensor:
         if nearest:
             return torch.full_like(like, 0x80008000, dtype=torch.int64)
-        return random_bits(0, step, 0, like)
+        return random_bits(0, step, 0, WHOLE, like)
 
-    stored = Stored(
-        torch.empty_like(x, dtype=PACKINGS[packing].a), packing, PACKINGS[packing].new_b(x)
-    )
-    stored.pack_(x, random)
-    return stored.unpack(torch.float32)
+    blocks, kind = in_blocks(x), PACKINGS[packing]
+    stored = Stored(torch.empty_like(blocks, dtype=kind.a), packing, kind.new_b(blocks, CODE_BLOCK))
+    stored.pack_(blocks, random)
+    return stored.unpack(torch.float32).flatten()[: x.numel()].view_as(x)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % CODE_BLOCK))
+    return padded.view(-1, CODE_BLOCK)
 
 
 def by_table(levels: Tensor, floor: bool, x: Tensor, step: int) -> Tensor:
     """The nearest of 256 levels from -1 to 1 times the largest of a block."""
-    blocks = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % CODE_BLOCK))
-    blocks = blocks.view(-1, CODE_BLOCK)
+    blocks = in_blocks(x)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
     y = blocks / scale
     above = torch.searchsorted(levels, y.contiguous()).clamp(1, len(levels) - 1)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastopt import packing
-from fastopt.packing import Stored
+from fastopt.packing import CODE_BLOCK, Stored
 from fastopt.rule import ASSIGN, HEAD
 from fastopt.rules import RULES
 from fastopt.step.params import Target
@@ -105,17 +105,17 @@ class Update(Case):
         return first + [each.b.dtype for each in (param, *states) if has_second(each)]
 
     def launch(self) -> None:
-        grad = torch.zeros(1, dtype=DTYPES[self.storage[1]])
+        grad = torch.zeros(1, CODE_BLOCK, dtype=DTYPES[self.storage[1]])
         one_tensor(self.rule, list(map(stored, self.written)), grad, self.states).update()
 
 
 def stored(kind: str) -> Stored:
-    """One element, kept in some way."""
+    """Some elements, kept in some way."""
     if kind not in PACKINGS:
-        return Stored(torch.zeros(1, dtype=DTYPES[kind]))
+        return Stored(torch.zeros(1, CODE_BLOCK, dtype=DTYPES[kind]))
     name = PACKINGS[kind]
-    a = torch.zeros(1, dtype=packing.PACKINGS[name].a)
-    return Stored(a, name, packing.PACKINGS[name].new_b(a))
+    a = torch.zeros(1, CODE_BLOCK, dtype=packing.PACKINGS[name].a)
+    return Stored(a, name, packing.PACKINGS[name].new_b(a, CODE_BLOCK))
 
 
 def has_second(each: Stored) -> bool:

@@ -43,9 +43,10 @@ struct Kernels {
 };
 
 struct PackingKernels {
-  void (*unpack[kPackings])(const void* a, const void* b, const uint32_t* sums, int32_t n, float* x);
-  void (*pack[kPackings])(const float* x, uint32_t key, int32_t first, int32_t n, void* a, void* b,
-                          uint32_t* sums);
+  void (*unpack[kPackings])(const void* a, const void* b, const uint32_t* sums, int32_t block,
+                            int32_t n, float* x);
+  void (*pack[kPackings])(const float* x, uint32_t key, int32_t first, int32_t block, int32_t n,
+                          void* a, void* b, uint32_t* sums);
 };
 
 // The kernels of the instruction set in use. It starts as the best that this processor supports.

@@ -22,8 +22,7 @@ void for_each_16(const Layout& layout, int index, const Operand& operand, int64_
 
 // Where the second array of a packing has what belongs to the elements from `begin` on.
 char* beside(const Operand& operand, int64_t begin) {
-  const Storage& row = operand.row();
-  return operand.beside ? operand.beside + begin / row.block * row.b_bytes : nullptr;
+  return operand.beside ? operand.beside + begin / operand.block * operand.row().b_bytes : nullptr;
 }
 
 uint32_t* sums(const Operand& operand, int64_t begin) {
@@ -46,22 +45,49 @@ void unpack(const Layout& layout, int index, const Operand& operand, int64_t beg
     from = gathered;
   }
   packing_kernels().unpack[packing](from, beside(operand, begin), sums(operand, begin),
-                                    static_cast<int32_t>(n), to);
+                                    operand.block, static_cast<int32_t>(n), to);
 }
 
 // Where random numbers come from: those of an element are of its chunk in the whole tensor.
-struct Random {
-  uint64_t seed, step;
-  int param;
-  int64_t offset;  // of the shard
-  int64_t chunk = -1;
-  uint32_t key = 0;  // of that chunk
+class Random {
+ public:
+  Random(const Param& param, const double* row)
+      : param_(param),
+        seed_(static_cast<uint64_t>(row[kSeed])),
+        step_(static_cast<uint64_t>(row[kStep])) {}
 
-  uint32_t key_of(int64_t wanted) {
-    if (wanted != chunk) key = random_key(seed, step, param, wanted);
-    chunk = wanted;
-    return key;
+  // Calls f(begin, n, key, first) for each run of elements of one chunk, with that one's key and the
+  // first's place in it.
+  template <class F>
+  void for_each_run(int64_t begin, int64_t n, const F& f) {
+    const Piece& piece = param_.piece;
+    for (const int64_t end = begin + n; begin < end; begin += n) {
+      int64_t place = begin;
+      n = end - begin;
+      if (piece.run) {
+        place = begin / piece.run * piece.stride + begin % piece.run;
+        n = std::min(n, piece.run - begin % piece.run);
+      }
+      place += piece.offset;
+      n = std::min(n, kChunk - place % kChunk);
+      f(begin, n, key(place / kChunk), static_cast<int32_t>(place % kChunk));
+    }
   }
+
+  uint32_t key(int64_t chunk) {
+    if (chunk != chunk_) key_ = random_key(seed_, step_, param_.number, chunk);
+    chunk_ = chunk;
+    return key_;
+  }
+
+  // Whether a chunk of the parameter is one of the whole tensor.
+  bool is_whole() const { return param_.piece.is_whole(); }
+
+ private:
+  const Param& param_;
+  uint64_t seed_, step_;
+  int64_t chunk_ = -1;
+  uint32_t key_ = 0;  // of that chunk
 };
 
 void pack(const Layout& layout, int index, const Operand& operand, int64_t begin, int64_t n,
@@ -71,16 +97,17 @@ void pack(const Layout& layout, int index, const Operand& operand, int64_t begin
   uint16_t gathered[kStaged];
   char* to = direct ? operand.data + begin * operand.row().a_bytes
                     : reinterpret_cast<char*>(gathered);
-  // In pieces that lie within a chunk of the whole tensor; blocks are never divided.
-  const bool divides = operand.packing() == Packing::stochastic;
-  for (int64_t done = 0, piece; done < n; done += piece) {
-    const int64_t place = (divides ? random.offset : 0) + begin + done;
-    piece = std::min(n - done, kChunk - place % kChunk);
-    packing_kernels().pack[packing](from + done, random.key_of(place / kChunk),
-                                    static_cast<int32_t>(place % kChunk),
-                                    static_cast<int32_t>(piece), to + done * operand.row().a_bytes,
-                                    beside(operand, begin), sums(operand, begin));
-  }
+  const auto put = [&](int64_t at, int64_t count, uint32_t key, int32_t first) {
+    const int64_t done = at - begin;
+    packing_kernels().pack[packing](from + done, key, first, operand.block,
+                                    static_cast<int32_t>(count),
+                                    to + done * operand.row().a_bytes, beside(operand, at),
+                                    sums(operand, at));
+  };
+  if (random.is_whole() || !is_random(operand.packing()))
+    put(begin, n, random.key(begin / kChunk), static_cast<int32_t>(begin % kChunk));
+  else
+    random.for_each_run(begin, n, put);
   if (!direct)
     for_each_16(layout, index, operand, begin, n, gathered,
                 [](uint16_t& here, uint16_t& there) { there = here; });
@@ -130,8 +157,7 @@ void update_chunk(const Param& param, const Schedule::Chunk& chunk, const double
   const Kernels<T>& k = kernels<T>();
   const UpdateKernel<T> update = update_kernel<T>(param.rule);
   T buffers[2 + kMaxStates][kStaged];
-  Random random{static_cast<uint64_t>(row[kSeed]), static_cast<uint64_t>(row[kStep]), param.number,
-                param.offset};
+  Random random(param, row);
   for (int64_t done = 0, n; done < chunk.n; done += n) {
     T* blocks[2 + kMaxStates];
     bool staged[2 + kMaxStates];

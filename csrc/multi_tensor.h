@@ -17,11 +17,21 @@ struct Operand {
   char* beside = nullptr;    // the second array of a packing, in the order of the walk
   uint32_t* sums = nullptr;  // the checksums of a remainder's parameter
   int storage = 0;           // index into kStorages
+  int32_t block = 1;         // how many elements share one of the second array
 
   bool is_plain() const { return storage < kDTypes; }
   DType dtype() const { return static_cast<DType>(storage); }  // if it is plain
   Packing packing() const { return static_cast<Packing>(storage - kDTypes); }
   const Storage& row() const { return kStorages[storage]; }
+};
+
+// Where the elements of a shard are in the whole tensor: Piece of fastopt/packing.py.
+struct Piece {
+  int64_t offset = 0;
+  int64_t run = 0;
+  int64_t stride = 0;
+
+  bool is_whole() const { return !offset && !run; }
 };
 
 // One parameter with all that a step reads and writes of it.
@@ -34,7 +44,7 @@ struct Param {
   Layout grad_layout;  // the gradient in its own memory order: the order of the norm
   int rule = 0;        // index into rules()
   int number = 0;      // among the optimizer's parameters, for random numbers
-  int64_t offset = 0;  // of the first element in the whole, of which this is a shard: likewise
+  Piece piece;         // likewise
   int norm_class = 0;  // which of the sums of a norm it is part of
   bool in_double = false;
   int64_t extent = 0;  // bytes from the parameter's first element to the end of its last

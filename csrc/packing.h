@@ -28,9 +28,11 @@ inline constexpr int kPackings = 6;
 constexpr bool is_coded(Packing packing) {
   return packing == Packing::codes || packing == Packing::unsigned_codes;
 }
+constexpr bool is_random(Packing packing) {
+  return is_coded(packing) || packing == Packing::stochastic;
+}
 
 inline constexpr int32_t kSumBlock = 256;  // elements that share a checksum
-inline constexpr int32_t kCodeBlock = 256;
 
 // What numbers can be kept as: plainly as each DType, then in each Packing. STORAGES of
 // fastopt/packing.py, which are compared by name on loading.
@@ -38,19 +40,18 @@ struct Storage {
   const char* name;
   int64_t a_bytes;  // of an element of the first array
   int64_t b_bytes;  // of an element of the second one; 0: there is none
-  int64_t block;    // of elements of the first array that share one of the second
 };
 inline constexpr Storage kStorages[] = {
-    {"float32", 4, 0, 1},
-    {"float64", 8, 0, 1},
-    {"bfloat16", 2, 0, 1},
-    {"float16", 2, 0, 1},
-    {"remainder", 2, 2, 1},
-    {"master_of_bfloat16", 2, 4, 1},
-    {"master_of_float16", 2, 4, 1},
-    {"stochastic", 2, 0, 1},
-    {"codes", 1, 4, kCodeBlock},
-    {"unsigned_codes", 1, 4, kCodeBlock},
+    {"float32", 4, 0},
+    {"float64", 8, 0},
+    {"bfloat16", 2, 0},
+    {"float16", 2, 0},
+    {"remainder", 2, 2},
+    {"master_of_bfloat16", 2, 4},
+    {"master_of_float16", 2, 4},
+    {"stochastic", 2, 0},
+    {"codes", 1, 4},
+    {"unsigned_codes", 1, 4},
 };
 static_assert(std::size(kStorages) == kDTypes + kPackings);
 
@@ -216,11 +217,11 @@ FASTOPT_INLINE uint32_t checksum(const int16_t* a, int32_t n) {
   return sum;
 }
 
-// Makes n numbers of the arrays `a` and `b`.
+// Makes n numbers of the arrays `a` and `b`; of codes, whole blocks that share a scale.
 template <Packing packing, class Lanes>
 struct Unpack {
-  static FASTOPT_INLINE void run(const void* a, const void* b, const uint32_t* sums, int32_t n,
-                                 float* x) {
+  static FASTOPT_INLINE void run(const void* a, const void* b, const uint32_t* sums, int32_t block,
+                                 int32_t n, float* x) {
     if constexpr (packing == Packing::remainder) {
       static constexpr int16_t nothing[kSumBlock] = {};
       for (int32_t begin = 0; begin < n; begin += kSumBlock) {
@@ -235,13 +236,13 @@ struct Unpack {
         });
       }
     } else if constexpr (is_coded(packing)) {
-      for (int32_t begin = 0; begin < n; begin += kCodeBlock) {
-        const float scale = static_cast<const float*>(b)[begin / kCodeBlock];
-        for_each_group<Lanes, 1>(
-            std::min(kCodeBlock, n - begin), [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
-              using L = decltype(lanes);
-              L::store(Packed<packing>::template get<L>(a, scale, begin + i), x + begin + i);
-            });
+      const auto* scales = static_cast<const float*>(b);
+      for (int32_t begin = 0; begin < n; begin += block) {
+        const float scale = *scales++;
+        for_each_group<Lanes, 1>(block, [&](auto lanes, int32_t i) FASTOPT_INLINE_LAMBDA {
+          using L = decltype(lanes);
+          L::store(Packed<packing>::template get<L>(a, scale, begin + i), x + begin + i);
+        });
       }
     } else {
       for_each_group<LanesFor<packing, Lanes>, 1>(
@@ -256,16 +257,15 @@ struct Unpack {
 // Stores n numbers, which begin with the element `first` of a chunk, in the arrays.
 template <Packing packing, class Lanes>
 struct Pack {
-  static FASTOPT_INLINE void run(const float* x, uint32_t key, int32_t first, int32_t n, void* a,
-                                 void* b, uint32_t* sums) {
+  static FASTOPT_INLINE void run(const float* x, uint32_t key, int32_t first, int32_t block,
+                                 int32_t n, void* a, void* b, uint32_t* sums) {
     if constexpr (is_coded(packing)) {
       auto* scales = static_cast<float*>(b);
       // All scales before all codes: the processor need not wait for one before it goes on.
-      for (int32_t begin = 0; begin < n; begin += kCodeBlock)
-        scales[begin / kCodeBlock] = scale_of(x + begin, std::min(kCodeBlock, n - begin));
-      for (int32_t begin = 0; begin < n; begin += kCodeBlock)
-        encode(x + begin, advance(key, first + begin), std::min(kCodeBlock, n - begin),
-               1.0f / scales[begin / kCodeBlock], static_cast<uint8_t*>(a) + begin);
+      for (int32_t k = 0; k * block < n; ++k) scales[k] = scale_of(x + k * block, block);
+      for (int32_t begin = 0; begin < n; begin += block)
+        encode(x + begin, advance(key, first + begin), block, 1.0f / *scales++,
+               static_cast<uint8_t*>(a) + begin);
     } else {
       using Wide = LanesFor<packing, Lanes>;
       constexpr int vectors = Wide::template vectors<uint16_t>;

@@ -10,6 +10,7 @@ Description::Description(const py::tuple& description)
   operand.storage = description[1].cast<int>();
   operand.beside = reinterpret_cast<char*>(description[4].cast<uintptr_t>());
   operand.sums = reinterpret_cast<uint32_t*>(description[5].cast<uintptr_t>());
+  operand.block = description[6].cast<int32_t>();
 }
 
 Description::Description(py::handle object, const py::tuple& types) {

@@ -14,7 +14,7 @@ namespace fastopt {
 namespace py = pybind11;
 
 // The tuple that fastopt.step.params.describe makes: address, storage, shape and strides of a tensor,
-// and the addresses of what is stored beside it and of its checksums.
+// the addresses of what is stored beside it and of its checksums, and `Operand::block`.
 struct Description {
   Operand operand;
   Sizes shape, strides;

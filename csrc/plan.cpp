@@ -20,7 +20,8 @@ Plan::Plan(py::list groups, py::dict state, const py::list& items)
       for (py::handle d : details->attr("operands")) operands.emplace_back(py::cast<py::tuple>(d));
       of_item = make_param(details->attr("rule").cast<int>(), operands);
       of_item.number = static_cast<int>(items_.size());
-      of_item.offset = details->attr("offset").cast<int64_t>();
+      const auto piece = details->attr("piece").cast<std::array<int64_t, 3>>();
+      of_item.piece = {piece[0], piece[1], piece[2]};
       of_item.norm_class = details->attr("norm_class").cast<int>();
       if (details->attr("grad").is_none()) of_item.grad().data = nullptr;  // until there is one
       item.repeat = details->attr("repeat").cast<int16_t>();

@@ -1,5 +1,7 @@
 #include "watch.h"
 
+#include <structmember.h>
+
 #include <atomic>
 
 namespace fastopt {
@@ -13,15 +15,44 @@ py::object attribute(PyObject* object, PyObject* name) {
   return found;
 }
 
+// An attribute that is a slot of its class: read from its place in the object.
+class Slot {
+ public:
+  explicit Slot(const char* name) : name_(interned(name)) {}
+
+  py::object of(PyObject* object) {
+    if (Py_TYPE(object) != type_) look_up(Py_TYPE(object));
+    PyObject* value = nullptr;
+    if (offset_) std::memcpy(&value, reinterpret_cast<char*>(object) + offset_, sizeof value);
+    return value ? py::reinterpret_borrow<py::object>(value) : attribute(object, name_);
+  }
+
+ private:
+  void look_up(PyTypeObject* type) {
+    const py::object found = attribute(reinterpret_cast<PyObject*>(type), name_);
+    offset_ = 0;
+    if (Py_TYPE(found.ptr()) == &PyMemberDescr_Type) {
+      const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member;
+      if (member->type == T_OBJECT_EX) offset_ = member->offset;
+    }
+    Py_XDECREF(std::exchange(type_, type));
+    Py_INCREF(type);  // whose address is compared: it must not become another's
+  }
+
+  PyObject* name_;
+  PyTypeObject* type_ = nullptr;
+  Py_ssize_t offset_ = 0;  // 0: ask
+};
+
 // Of a DTensor: the tensor with the memory of this process.
 py::object local_of(PyObject* whole) {
-  static PyObject* const key = interned("_local_tensor");
-  return attribute(whole, key);
+  static Slot slot("_local_tensor");
+  return slot.of(whole);
 }
 
 py::object spec_of(PyObject* whole) {
-  static PyObject* const key = interned("_spec");
-  return attribute(whole, key);
+  static Slot slot("_spec");
+  return slot.of(whole);
 }
 
 bool equal(const py::object& a, const py::object& b) {

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 # Address; index into packing.STORAGES; shape; strides in elements; the addresses of a packing's
-# second array and of its checksums, or 0.
-Description = tuple[int, int, tuple[int, ...], tuple[int, ...], int, int]
+# second array and of its checksums, or 0; how many elements share one of the second array.
+Description = tuple[int, int, tuple[int, ...], tuple[int, ...], int, int, int]
 Cohorts = list[tuple[int, float]]
 
 class Targets:

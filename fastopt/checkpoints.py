@@ -246,9 +246,10 @@ def convert(
                         f"{where} has a state {name!r} on the meta device, without data: load a "
                         "state dict with data"
                     )
+            state.update(precision.with_rows_of_scales(rule, param, state))
             shards.check_state(param, state, precision.keys(rule.states), where)
-            forms = precision.kept(rule, group, here, names, where)
-            shards.offset(param, forms, where)
+            forms = precision.kept(rule, group, here, names, where, param)
+            shards.piece(param, forms, where)
             for key in precision.superseded(rule, here, state, forms):
                 state.pop(key, None)
             parts = shards.local_state(param, state)

@@ -149,10 +149,12 @@ class Optimizer(torch.optim.Optimizer):
             fp64. With a master, bf16 parameters are rounded to nearest, ties away from zero.
         state_dtype (default torch.float32): how the states are kept: `torch.float32` (fp64 for fp64
             parameters); `torch.bfloat16`, rounded stochastically; or ``"8bit"``: codes of one byte,
-            ``<state>_codes``, with an fp32 ``<state>_scale`` for each 256 of them, for numbers
-            down to a thousandth of the largest of these. Not for Adagrad; a centered RMSprop takes
-            fp32 only. What is there in another form is converted by the next step. Also as a word:
-            ``"float32"``, ``"bfloat16"``.
+            ``<state>_codes``, with an fp32 ``<state>_scale`` of shape (dimension 0, blocks of a
+            row) for numbers down to a thousandth of the largest of a block. That has 256 elements,
+            or the largest power of two that divides a row; where this is less than 32, and in
+            tensors of fewer than 4,096 elements, states stay in fp32. Not for Adagrad; a centered
+            RMSprop takes fp32 only. What is there in another form is converted by the next step.
+            Also as a word: ``"float32"``, ``"bfloat16"``.
         seed (default 0): of stochastic rounding, in 0 .. 2**32 - 1. The random numbers depend on
             it, on the step, on the parameter's place in the optimizer and on nothing else.
         norm_group (default None): the process group over which the norm of plain parameters is
@@ -362,8 +364,9 @@ class Optimizer(torch.optim.Optimizer):
             for i, param in enumerate(group["params"]):
                 place = Place(group, g, i)
                 here = shards.local(param)
-                forms = precision.kept(self.rule, group, here, self.rule.states_of(group), place)
-                shards.offset(param, forms, place)
+                names = self.rule.states_of(group)
+                forms = precision.kept(self.rule, group, here, names, place, param)
+                shards.piece(param, forms, place)
                 if param.is_floating_point() and param not in self.state:
                     made = new_states(self.rule, group, here, {}, forms)
                     self.state[param] = shards.whole_state(param, made.new)

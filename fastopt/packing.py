@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .rule import arithmetic_dtype
 
-CODE_BLOCK = 256  # elements that share a scale
+CODE_BLOCK, MIN_CODE_BLOCK = 256, 32  # the most elements that share a scale, and the least
+MIN_CODED = 4096  # elements of a tensor whose states are worth 8 bits, as for bitsandbytes
 SUM_BLOCK = 256  # elements that share a checksum
 CHUNK = 8192  # elements that share a key
 SIGNED_MANTISSA, MANTISSA = 5, 4  # bits of a code with a sign, and without
@@ -46,6 +48,21 @@ def extent(tensor: Tensor) -> int:
 def in_memory_order(tensor: Tensor) -> Tensor:
     """The elements in one dimension; a view of a tensor without gaps."""
     return tensor.permute(memory_order(tensor)).reshape(-1)
+
+
+def code_block(tensor: Tensor) -> int:
+    """How many elements share a scale in 8-bit states of this tensor; 0: it has none.
+
+    The largest power of two that divides a row, an index of dimension 0. No block is in two rows,
+    so that a sharded tensor has the blocks of a whole one.
+    """
+    if tensor.numel() < MIN_CODED or tensor.ndim < 2:
+        return 0
+    inner = [d for d in range(1, tensor.ndim) if tensor.shape[d] > 1]
+    if any(tensor.stride(d) > tensor.stride(0) for d in inner):
+        return 0  # a row is no run of memory
+    block = math.gcd(math.prod(tensor.shape[1:]), CODE_BLOCK)
+    return block if block >= MIN_CODE_BLOCK else 0
 
 
 def bits(x: Tensor) -> Tensor:
@@ -131,19 +148,12 @@ def _level(codes: Tensor, mantissa: int) -> Tensor:
 
 
 def _unpack_codes(codes: Tensor, scale: Tensor) -> Tensor:
-    x = _unpack_levels(codes & 0x7F, scale, SIGNED_MANTISSA)
+    x = _level(codes & 0x7F, SIGNED_MANTISSA) * scale
     return x.copysign(127.5 - codes.float())
 
 
 def _unpack_unsigned_codes(codes: Tensor, scale: Tensor) -> Tensor:
-    return _unpack_levels(codes, scale, MANTISSA)
-
-
-def _unpack_levels(codes: Tensor, scale: Tensor, mantissa: int) -> Tensor:
-    x = torch.empty_like(codes, dtype=torch.float32)
-    scales = scale.repeat_interleave(CODE_BLOCK)[: codes.numel()]
-    in_memory_order(x).copy_(_level(in_memory_order(codes), mantissa) * scales)
-    return x
+    return _level(codes, MANTISSA) * scale
 
 
 def _pack_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
@@ -175,15 +185,12 @@ def _pack_unsigned_codes(x: Tensor, random: Random) -> tuple[Tensor, Tensor]:
 def _pack_levels(x: Tensor, max_code: int, mantissa: int, random: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of magnitudes, which ``random``, of 16 bits, rounds up."""
     x = x.abs()
-    blocks = torch.nn.functional.pad(in_memory_order(x), (0, -x.numel() % CODE_BLOCK))
     # As integers, among which NaN is larger than infinity.
-    largest = from_bits(bits(blocks.view(-1, CODE_BLOCK)).amax(1))
+    largest = from_bits(bits(x).amax(1, keepdim=True))
     scale = largest / _level(torch.tensor(max_code, device=x.device), mantissa)
     scale = torch.where(scale < MIN_SCALE, MIN_SCALE, scale)  # no denormals, for their inverses
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    inverse = torch.empty_like(x)
-    in_memory_order(inverse).copy_((1 / scale).repeat_interleave(CODE_BLOCK)[: x.numel()])
-    z = x * inverse + 1
+    z = x * (1 / scale) + 1
     dither = random << (7 - mantissa)
     return (bits(z) + dither - ONE) >> (23 - mantissa) & max_code, scale
 
@@ -206,7 +213,8 @@ class Packing:
         unpack: numbers of ``a`` and ``b``.
         pack: ``a`` and ``b`` of numbers.
         is_random: ``pack`` rounds stochastically.
-        block: ``b`` has an element for each block of so many elements of ``a``.
+        is_coded: ``b`` has an element for each block of ``a``, and both functions take blocks:
+            ``a`` of shape (blocks, elements), ``b`` of shape (blocks, 1).
     """
 
     a: torch.dtype | None
@@ -214,32 +222,29 @@ class Packing:
     unpack: Callable[..., Tensor]
     pack: Callable[[Tensor, Random], tuple[Tensor, Tensor | None]]
     is_random: bool = False
-    block: int = 1
-
-    @property
-    def is_coded(self) -> bool:
-        return self.block > 1
+    is_coded: bool = False
 
     def new_a(self, like: Tensor) -> Tensor:
         """An ``a`` for a parameter, without gaps, in the order of its memory, uninitialized."""
         dtype = self.a or arithmetic_dtype(like)
         return torch.empty_like(like, dtype=dtype, requires_grad=False)
 
-    def b_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of ``b`` beside an ``a`` of a shape."""
-        return (math.ceil(math.prod(shape) / self.block),) if self.is_coded else tuple(shape)
+    def b_shape(self, shape: Sequence[int], block: int) -> tuple[int, ...]:
+        """The shape of ``b`` beside an ``a`` of a shape, in blocks of so many elements."""
+        return (shape[0], math.prod(shape[1:]) // block) if self.is_coded else tuple(shape)
 
-    def new_b(self, like: Tensor) -> Tensor | None:
+    def new_b(self, like: Tensor, block: int) -> Tensor | None:
         """The same of ``b``."""
         if self.is_coded:
-            return torch.empty(self.b_shape(like.shape), dtype=self.b, device=like.device)
+            shape = self.b_shape(like.shape, block)
+            return torch.empty(shape, dtype=self.b, device=like.device)
         if self.b is None:
             return None
         return torch.empty_like(like, dtype=self.b, requires_grad=False)
 
 
 def _codes(unpack: Callable[..., Tensor], pack: Callable[..., tuple[Tensor, Tensor]]) -> Packing:
-    return Packing(torch.uint8, torch.float32, unpack, pack, is_random=True, block=CODE_BLOCK)
+    return Packing(torch.uint8, torch.float32, unpack, pack, is_random=True, is_coded=True)
 
 
 def _master(dtype: torch.dtype) -> Packing:
@@ -290,9 +295,28 @@ class Stored:
         plain = str(self.a.dtype).removeprefix("torch.")
         return STORAGES.index(plain if self.packing == "plain" else self.packing)
 
+    @property
+    def is_coded(self) -> bool:
+        return PACKINGS[self.packing].is_coded
+
+    @property
+    def block(self) -> int:
+        """How many elements of ``a`` share one of ``b``."""
+        return self.a.numel() // self.b.numel() if self.b is not None and self.b.numel() else 1
+
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers in the type of the arithmetic."""
-        return PACKINGS[self.packing].unpack(self.a.detach(), self.valid_b()).to(dtype)
+        a, b = self.a.detach(), self.valid_b()
+        if not self.is_coded:
+            return PACKINGS[self.packing].unpack(a, b).to(dtype)
+        assert b is not None
+        x = torch.empty_like(a, dtype=dtype)
+        blocks = PACKINGS[self.packing].unpack(self._blocks(a), b.reshape(-1, 1))
+        in_memory_order(x).copy_(blocks.view(-1))
+        return x
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return in_memory_order(x).view(-1, self.block) if self.is_coded else x
 
     def pack_(self, x: Tensor, random: Random) -> None:
         """Stores numbers."""
@@ -300,10 +324,10 @@ class Stored:
         if packing.is_random:
             # Blocks and random numbers go by the memory order of the first array.
             x = torch.empty_like(self.a, dtype=x.dtype).copy_(x)
-        a, b = packing.pack(x, random)
-        self.a.copy_(a)
+        a, b = packing.pack(self._blocks(x), random)
+        self._blocks(self.a).copy_(a)
         if self.b is not None and b is not None:
-            self.b.copy_(b)
+            self.b.copy_(b.view(self.b.shape))
             if self.sums is not None:
                 self.sums.copy_(checksums(self.a, self.b))
 
@@ -317,7 +341,24 @@ class Stored:
         return valid * self.b
 
 
-def random_bits(seed: int, step: int, param: int, offset: int, like: Tensor) -> Tensor:
+class Piece(NamedTuple):
+    """Where the elements of a shard are in the whole tensor, in memory order.
+
+    Args:
+        offset: the place of the first one.
+        run: how many are one after the other; 0: all.
+        stride: from the first of a run to that of the next.
+    """
+
+    offset: int = 0
+    run: int = 0
+    stride: int = 0
+
+
+WHOLE = Piece()
+
+
+def random_bits(seed: int, step: int, param: int, piece: Piece, like: Tensor) -> Tensor:
     """32 random bits for each element of a tensor, as int64 of its shape.
 
     A function of nothing but its arguments and of the element's place in memory order: in each
@@ -325,11 +366,14 @@ def random_bits(seed: int, step: int, param: int, offset: int, like: Tensor) -> 
 
     Args:
         param: the parameter's place in the optimizer.
-        offset: the first element's place in the whole tensor, of which this is a shard.
     """
-    places = torch.arange(offset, offset + like.numel(), device=like.device)
-    first = offset // CHUNK
-    chunks = range(first, math.ceil((offset + like.numel()) / CHUNK))
+    places, last = torch.arange(like.numel(), device=like.device), like.numel() - 1
+    if run := piece.run:
+        places = places // run * piece.stride + places % run
+        last = last // run * piece.stride + last % run
+    places += piece.offset
+    first = piece.offset // CHUNK
+    chunks = range(first, (piece.offset + last) // CHUNK + 1)
     keys = [_key(seed, step, param, chunk) >> 32 for chunk in chunks]
     key = torch.tensor(keys, dtype=torch.int64).to(like.device)[places // CHUNK - first]
     x = places % CHUNK * 0x9E3779B1 + key & 0xFFFFFFFF

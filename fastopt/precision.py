@@ -9,7 +9,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import DTYPES, PACKINGS, SUM_BLOCK, Stored, bits, checksums, memory_order, param_of
+from .packing import (
+    CODE_BLOCK,
+    DTYPES,
+    MIN_CODE_BLOCK,
+    PACKINGS,
+    SUM_BLOCK,
+    Stored,
+    bits,
+    checksums,
+    code_block,
+    memory_order,
+    param_of,
+)
 from .rule import Group, Rule, arithmetic_dtype
 from .step import checks, dispatch
 
@@ -28,6 +40,8 @@ STATE_DTYPES: dict[StateDtype, torch.dtype | Literal["8bit"]] = {
     "torch.bfloat16": torch.bfloat16,
 }
 
+_MANY = 2**20  # elements, for whose bytes one is sorry
+
 MASTER = "master weights"  # in `Made.lost`
 
 #: Those of a group that say how its numbers are kept.
@@ -44,12 +58,14 @@ class Kept(NamedTuple):
         packing: as in `Stored`.
         a: the key of the first array in the parameter's state; None: the parameter.
         b: that of the second array; None: there is none.
+        block: see `packing.code_block`.
     """
 
     numbers: str
     packing: str
     a: str | None
     b: str | None
+    block: int = 0
 
     @property
     def keys(self) -> list[str]:
@@ -81,17 +97,24 @@ MASTER_DTYPES = {key: PACKINGS[form.packing].b for form in _ANY_MASTER for key i
 
 
 def kept(
-    rule: Rule, group: Group, param: Tensor, names: tuple[str, ...], where: object
+    rule: Rule,
+    group: Group,
+    param: Tensor,
+    names: tuple[str, ...],
+    where: object,
+    whole: Tensor,
 ) -> list[Kept]:
     """How a group keeps a parameter and its states called ``names``, in this order.
 
     Args:
         where: names the parameter when formatted.
+        whole: what the parameter is a shard of, or itself.
 
     Raises:
         ValueError: a setting does not fit the parameter's dtype.
     """
-    states = (_state_kept(rule, group, param, name, where) for name in names)
+    block = code_block(whole)
+    states = (_state_kept(rule, group, param, name, where, block) for name in names)
     return [_param_kept(group, param, where), *states]
 
 
@@ -117,7 +140,9 @@ def _param_kept(group: Group, param: Tensor, where: object) -> Kept:
     return _SPLIT if mode == "split" else Kept("", "stochastic", None, None)
 
 
-def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: object) -> Kept:
+def _state_kept(
+    rule: Rule, group: Group, param: Tensor, name: str, where: object, block: int
+) -> Kept:
     wanted = state_dtype(group)
     if wanted == torch.float32:  # or, in fact, the dtype of the arithmetic
         return Kept(name, "plain", name, None)
@@ -132,12 +157,20 @@ def _state_kept(rule: Rule, group: Group, param: Tensor, name: str, where: objec
         )
     if wanted == torch.bfloat16:
         return Kept(name, "stochastic", name, None)
-    return _coded(rule, name)
+    if block:
+        return _coded(rule, name, block)
+    if param.numel() >= _MANY:
+        checks.warn_once(
+            f"{where} keeps its states in fp32, not in 8 bits: only rows, of an index of dimension "
+            f"0, that lie in one piece of memory and have a multiple of {MIN_CODE_BLOCK} elements "
+            "have codes"
+        )
+    return Kept(name, "plain", name, None)
 
 
-def _coded(rule: Rule, name: str) -> Kept:
+def _coded(rule: Rule, name: str, block: int) -> Kept:
     packing = "unsigned_codes" if name in rule.non_negative else "codes"
-    return Kept(name, packing, *coded_keys(name))
+    return Kept(name, packing, *coded_keys(name), block)
 
 
 def keys(names: Iterable[str]) -> set[str]:
@@ -184,7 +217,7 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
                     "with both, or delete the parameter's entry in optimizer.state"
                 )
             if _is_there(each, state):
-                for key, (shape, dtypes) in _specs(each, param).items():
+                for key, (shape, dtypes) in _specs(each, param, state).items():
                     checks.check_state(param, key, state[key], shape, dtypes, where)
                     if checks.is_wrapper(param) and not checks.is_wrapper(state[key]):
                         raise RuntimeError(
@@ -200,7 +233,7 @@ def are_there(param: Tensor, state: State, forms: list[Kept]) -> bool:
         _is_in_place(form, param, state)
         and all(
             checks.fits(param, state[key], shape, dtypes)
-            for key, (shape, dtypes) in _specs(form, param).items()
+            for key, (shape, dtypes) in _specs(form, param, state).items()
         )
         and (form is not _SPLIT or _sums(param, state["param_remainder"]) is not None)
         for form in forms
@@ -312,6 +345,24 @@ def superseded(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> li
     ]
 
 
+def with_rows_of_scales(rule: Rule, param: Tensor, state: State) -> State:
+    """The scales of a state saved before they had rows, when there was one for each `CODE_BLOCK`
+    elements in memory: the same numbers, for the blocks of now."""
+    found = {}
+    for name in rule.states:
+        codes, scale = (state.get(key) for key in coded_keys(name))
+        if (
+            checks.fits(param, codes, tuple(param.shape), (torch.uint8,))
+            and isinstance(scale, Tensor)
+            and scale.shape == (math.ceil(param.numel() / CODE_BLOCK),)
+            and param.ndim
+        ):
+            block = math.gcd(math.prod(param.shape[1:]), CODE_BLOCK)
+            several = scale.repeat_interleave(CODE_BLOCK // block)[: param.numel() // block]
+            found[coded_keys(name)[1]] = several.view(param.shape[0], -1)
+    return found
+
+
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:
     """Whether ``form`` cannot have the master that is in ``state``, whatever the parameter is now.
 
@@ -381,7 +432,8 @@ def _source(
 def _other_forms(rule: Rule, form: Kept, param: Tensor) -> list[Kept]:
     """The other forms that the same numbers can have."""
     if form.numbers:
-        forms = [Kept(form.numbers, "plain", form.numbers, None), _coded(rule, form.numbers)]
+        plain = Kept(form.numbers, "plain", form.numbers, None)
+        forms = [plain, _coded(rule, form.numbers, form.block)]
         return [each for each in forms if each.keys != form.keys]
     return [each for each in _MASTERS.get(param.dtype, ()) if each.keys != form.keys]
 
@@ -410,12 +462,19 @@ def _is_in_place(form: Kept, param: Tensor, state: State) -> bool:
         return False
     if form.packing == "plain":
         return True
-    ordered = form.keys[:1] if packing.is_coded else form.keys
+    ordered = form.keys
+    if packing.is_coded:
+        codes, scale = (state[key] for key in form.keys)
+        if scale.shape != packing.b_shape(codes.shape, form.block) or not scale.is_contiguous():
+            return False
+        ordered = form.keys[:1]
     dims = memory_order(param)
     return all(state[key].permute(dims).is_contiguous() for key in ordered)
 
 
-def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+def _specs(
+    form: Kept, param: Tensor, state: State
+) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """For each entry its shape, and the dtypes that it can have."""
     shape = tuple(param.shape)
     packing = PACKINGS[form.packing]
@@ -423,7 +482,10 @@ def _specs(form: Kept, param: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[
     if form.a is not None:
         found[form.a] = shape, (packing.a,) if packing.a and packing.is_coded else DTYPES
     if form.b is not None and packing.b is not None:
-        found[form.b] = packing.b_shape(shape), (packing.b,)
+        if packing.is_coded:  # whatever the block, `_is_in_place` looks at that
+            row, blocks = math.prod(shape[1:]), (*getattr(state[form.b], "shape", ()), 0, 0)[1]
+            shape = *shape[:1], blocks if blocks and row % blocks == 0 else 1
+        found[form.b] = shape, (packing.b,)
     return found
 
 
@@ -436,7 +498,7 @@ def _initial(form: Kept, param: Tensor, value: float) -> State:
     if form.a is not None:
         found[form.a] = packing.new_a(param).fill_(value)
     if form.b is not None:
-        b = packing.new_b(param)
+        b = packing.new_b(param, form.block)
         assert b is not None
         found[form.b] = b.zero_()  # codes of 0 are 0 at any scale
     return found
@@ -447,7 +509,7 @@ def _packed(form: Kept, param: Tensor, stored: Stored) -> State:
     if not form.keys:
         return {}
     packing = PACKINGS[form.packing]
-    new = Stored(packing.new_a(param), form.packing, packing.new_b(param))
+    new = Stored(packing.new_a(param), form.packing, packing.new_b(param, form.block))
     new.pack_(stored.unpack(arithmetic_dtype(param)), _middle)
     pairs = ((form.a, new.a), (form.b, new.b))
     return {key: array for key, array in pairs if key is not None}

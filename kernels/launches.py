@@ -6,7 +6,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -56,15 +56,17 @@ class _Kind(NamedTuple):
         wave: targets that share memory are updated one after the other, in launches of their own.
         dtypes: of parameter, gradient and states; of the first arrays of a packing.
         packings: theirs.
+        codes: how many of them share a scale.
         gap: as in `Rule.gap`.
-        is_shard: random numbers go by the places in the whole, which is another tensor.
+        piece: what they are of the whole tensors, by whose places random numbers go.
     """
 
     wave: int
     dtypes: tuple[tl.dtype, ...]
     packings: tuple[str, ...]
+    codes: int
     gap: int | None
-    is_shard: bool
+    piece: Literal["whole", "run", "runs"]
 
 
 def _kind(rule: Rule, target: Target) -> _Kind:
@@ -77,7 +79,9 @@ def _kind(rule: Rule, target: Target) -> _Kind:
     )
     dtypes = (a, DTYPES[target.grad.dtype], *states)
     packings = packing, "plain", *others
-    return _Kind(0, dtypes, packings, rule.gap(target.names), target.offset != 0)
+    codes = max(stored.block for stored in target.stored)
+    piece = "runs" if target.piece.run else "run" if target.piece.offset else "whole"
+    return _Kind(0, dtypes, packings, codes, rule.gap(target.names), piece)
 
 
 def _columns(targets: Sequence[Target], written: list[list[Tensor]]) -> list[list[int]]:
@@ -93,7 +97,7 @@ def _columns(targets: Sequence[Target], written: list[list[Tensor]]) -> list[lis
             target.group,
             0 if target.step is None else target.step.data_ptr(),
             target.number,
-            target.offset,
+            *target.piece,
             0 if (sums := target.stored[0].sums) is None else sums.data_ptr(),
             *chain.from_iterable(
                 (a.data_ptr(), 0 if stored.b is None else stored.b.data_ptr())
@@ -306,7 +310,8 @@ class MultiTensor:
             GAP=kind.gap,
             DTYPES=kind.dtypes,
             PACKINGS=kind.packings,
-            IS_SHARD=kind.is_shard,
+            CODES=kind.codes,
+            PIECE=kind.piece,
             **_options(),
         )
 

@@ -4,9 +4,9 @@ What a launch does is a list of chunks, one for each program. Doubles stand in t
 bit.
 
 Tensors: [PARAM + 2 * (1 + states), tensors]; a column has a tensor's number of elements, its param
-group, the address of its step, its number in the optimizer, its place in the whole of which it is a
-shard, the address of its checksums, and the addresses of both arrays (see `packing`) of itself and
-of each state.
+group, the address of its step, its number in the optimizer, where it is in the whole of which it is
+a shard (`fastopt.packing.Piece`), the address of its checksums, and the addresses of both arrays
+(see `packing`) of itself and of each state.
 Scalars: [rows, OWN + the rule's]; `fastopt.rule.HEAD`, then what the rule takes.
 Settings: [groups, 2, OWN + the rule's hyperparameters]; what `update.compute_scalars` makes rows of
 scalars from: values, then the addresses of those that lie in the device's memory, else 0.
@@ -22,7 +22,7 @@ BLOCK = tl.constexpr(1024)  # elements that a program has in its registers at a 
 THREADS = tl.constexpr(128)  # of a program
 
 # Rows of the table of tensors. Those of the states follow.
-NUMEL, GROUP, STEP, NUMBER, OFFSET, SUMS, PARAM = (tl.constexpr(i) for i in range(7))
+NUMEL, GROUP, STEP, NUMBER, OFFSET, RUN, STRIDE, SUMS, PARAM = map(tl.constexpr, range(9))
 # Columns of the table of scalars, and of that of settings. Those of the rule follow.
 COEF = tl.constexpr(rule.COEF)
 CLIP_VALUE = tl.constexpr(rule.CLIP_VALUE)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .norm import INF, clip_coef, reduce_rows
-from .packing import CODE_BLOCK, b_bytes, pack, random_key, unpack
+from .packing import SUM_BLOCK, b_bytes, chunk_key, pack, tensor_key, unpack
 from .tables import (
     BLOCK,
     CHUNK,
@@ -18,8 +18,10 @@ from .tables import (
     OFFSET,
     OWN,
     PARAM,
+    RUN,
     SEED,
     STEP,
+    STRIDE,
     SUMS,
     THREADS,
     UNCLIPPED_COEF,
@@ -43,6 +45,7 @@ def update_blocks(
     GAP: tl.constexpr,
     DTYPES: tl.constexpr,
     PACKINGS: tl.constexpr,
+    CODES: tl.constexpr,
     COMPUTE: tl.constexpr,
     FULL: tl.constexpr,
 ):
@@ -60,7 +63,8 @@ def update_blocks(
         x = ()
         for i in tl.static_range(len(DTYPES)):
             a, b = addresses[i], beside[i]
-            x = x + (unpack(a, b, sums, begin, end, PACKINGS[i], DTYPES[i], COMPUTE, FULL),)
+            x_i = unpack(a, b, sums, begin, end, PACKINGS[i], CODES, DTYPES[i], COMPUTE, FULL)
+            x = x + (x_i,)
         g = x[1] * coef
         g = tl.where(g > clip_value, clip_value, tl.where(g < -clip_value, -clip_value, g))
         if GAP is None:
@@ -71,7 +75,7 @@ def update_blocks(
             a, b = addresses[i], beside[i]
             if i != 1:  # all but the gradient
                 x_i = new[i - (i > 1)]
-                pack(a, b, sums, begin, end, x_i, random, PACKINGS[i], DTYPES[i], FULL)
+                pack(a, b, sums, begin, end, x_i, random, PACKINGS[i], CODES, DTYPES[i], FULL)
 
 
 @triton.jit(do_not_specialize=["tensors", "grads", "row_of", "chunks", "scalars", "n"])
@@ -87,7 +91,8 @@ def update(
     GAP: tl.constexpr,  # index of the optional state that is absent; None if there is none
     DTYPES: tl.constexpr,  # of parameter, gradient and states; of the first arrays of a packing
     PACKINGS: tl.constexpr,  # their packings
-    IS_SHARD: tl.constexpr,  # random numbers go by the places in the whole
+    CODES: tl.constexpr,  # how many of them share a scale
+    PIECE: tl.constexpr,  # "whole"; a "run" of a whole tensor, or several "runs"
 ):
     """One step of a rule for each chunk of the parameters."""
     tensor, begin, left = locate(chunks, tensors + NUMEL * n)
@@ -103,13 +108,13 @@ def update(
         bits = bits | address
         other = begin * 0
         if PACKINGS[i] != "plain" and PACKINGS[i] != "stochastic":
-            other = tl.load(row + n + tensor) + b_bytes(begin, PACKINGS[i])
+            other = tl.load(row + n + tensor) + b_bytes(begin, PACKINGS[i], CODES)
             if PACKINGS[i] == "remainder" or PACKINGS[i] == "master":
                 bits = bits | other
         beside = beside + (other,)
     sums = begin * 0
     if PACKINGS[0] == "remainder":
-        sums = tl.load(tensors + SUMS * n + tensor) + begin // CODE_BLOCK * 4
+        sums = tl.load(tensors + SUMS * n + tensor) + begin // SUM_BLOCK * 4
     scalars += tl.load(row_of + tensor) * (OWN + N_SCALARS)
     coef = as_double(tl.load(scalars + COEF)).to(COMPUTE)
     clip_value = as_double(tl.load(scalars + CLIP_VALUE)).to(COMPUTE)
@@ -118,22 +123,26 @@ def update(
         own = own + (as_double(tl.load(scalars + OWN + k)).to(COMPUTE),)
     seed = as_double(tl.load(scalars + SEED))
     count = as_double(tl.load(scalars + COUNT))
-    number = tl.load(tensors + NUMBER * n + tensor)
-    place = begin
-    if IS_SHARD:
-        place += tl.load(tensors + OFFSET * n + tensor)
-    random = (random_key(seed, count, number, place // CHUNK),)
-    if IS_SHARD:
-        next_key = random_key(seed, count, number, place // CHUNK + 1)
-        random = random + (next_key, place % CHUNK)
+    key = tensor_key(seed, count, tl.load(tensors + NUMBER * n + tensor))
+    if PIECE == "whole":
+        random = (chunk_key(key, begin // CHUNK),)
+    else:
+        offset = tl.load(tensors + OFFSET * n + tensor)
+        if PIECE == "run":
+            place = begin + offset
+            next_key = chunk_key(key, place // CHUNK + 1)
+            random = (chunk_key(key, place // CHUNK), next_key, place % CHUNK)
+        else:
+            run = tl.load(tensors + RUN * n + tensor)
+            random = (key, begin, offset, run, tl.load(tensors + STRIDE * n + tensor))
     left = tl.where(clip_value < 0, 0, left)
     # fmt: off
     if (left >= CHUNK) & (bits % 16 == 0):
         update_blocks(addresses, beside, sums, left, coef, clip_value, own, random,
-                      RULE, GAP, DTYPES, PACKINGS, COMPUTE, True)
+                      RULE, GAP, DTYPES, PACKINGS, CODES, COMPUTE, True)
     else:
         update_blocks(addresses, beside, sums, left, coef, clip_value, own, random,
-                      RULE, GAP, DTYPES, PACKINGS, COMPUTE, False)
+                      RULE, GAP, DTYPES, PACKINGS, CODES, COMPUTE, False)
     # fmt: on
 
 

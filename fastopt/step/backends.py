@@ -18,7 +18,7 @@ from torch import Tensor
 from ..norm import clip_coef, power_sum
 from ..packing import Stored, random_bits
 from ..rule import ASSIGN, CLIP_VALUE, COEF, HEAD, SEED, STEP, Rule, arithmetic_dtype, head
-from . import dispatch
+from . import dispatch, shards
 from .devices import capturing, moved
 from .params import Target, Undo, describe
 from .table import Row, Table
@@ -98,7 +98,7 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
 def _update(rule: Rule, target: Target, row: Row) -> None:
     param, *states = target.stored
     dtype = arithmetic_dtype(param.a)
-    place = target.number, target.offset
+    place = target.number, target.piece
     random = functools.partial(random_bits, int(row[SEED]), int(row[STEP]), *place)
     g = (target.grad.to(dtype) * row[COEF]).clamp(-row[CLIP_VALUE], row[CLIP_VALUE])
     of_rule = {name: s.unpack(dtype) for name, s in zip(target.names, states, strict=True)}
@@ -211,7 +211,7 @@ class Triton(Reference):
         self.kept = kept
 
     def _odd_grad(self, param: Tensor, address: int) -> Tensor | None:
-        grad = param.grad
+        grad: Tensor | None = shards.local(param.grad)
         if (self.kernels.NO_GRAD if grad is None else grad.data_ptr()) != address:
             raise RuntimeError(
                 "another thread replaced a gradient while the optimizer began a step: nothing was "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import precision
-from ..packing import Stored, extent, memory_order
+from ..packing import WHOLE, Piece, Stored, extent, memory_order
 from ..precision import Kept
 from ..rule import Group, Rule
 from . import checks, dispatch, memory, shards
@@ -52,7 +52,7 @@ class Target:
         names: the states.
         group: the index of its param group.
         number: its place in the optimizer.
-        offset: that of its first element in the whole, of which it is a shard.
+        piece: where its elements are in the whole, of which it is a shard.
         norm_class: which of the sums of a norm its gradient is part of.
         step: on the device that counts it; None where the host counts, or nobody.
     """
@@ -62,7 +62,7 @@ class Target:
     names: tuple[str, ...] = ()
     group: int = 0
     number: int = 0
-    offset: int = 0
+    piece: Piece = WHOLE
     norm_class: int = 0
     step: Tensor | None = None
 
@@ -98,7 +98,8 @@ def describe(stored: Stored) -> Description:
     address, beside, sums = (
         0 if x is None else x.data_ptr() for x in (stored.a, stored.b, stored.sums)
     )
-    return address, stored.storage, tuple(stored.a.shape), stored.a.stride(), beside, sums
+    shape, strides = tuple(stored.a.shape), stored.a.stride()
+    return address, stored.storage, shape, strides, beside, sums, stored.block
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Param:
         entries: the optimizer's state for this parameter, as it stands there.
         state: the same, what this process has of it.
         forms: how the parameter and the rule's states are kept.
-        offset, norm_class: see `Target`.
+        piece, norm_class: see `Target`.
         repeat: how often it stands earlier in the groups.
         fresh: the states are made in this step.
     """
@@ -125,7 +126,7 @@ class Param:
     entries: dict[str, Any]
     state: dict[str, Any]
     forms: list[Kept]
-    offset: int = 0
+    piece: Piece = WHOLE
     norm_class: int = 0
     repeat: int = 0
     fresh: bool = False
@@ -154,7 +155,7 @@ class Param:
             names=tuple(form.numbers for form in self.forms[1:]),
             group=self.group,
             number=self.number,
-            offset=self.offset,
+            piece=self.piece,
             norm_class=self.norm_class,
             step=self.state.get("step") if counts else None,
         )
@@ -175,7 +176,7 @@ class Param:
             part=part,
             repeat=self.repeat,
             scalars_here=scalars_here,
-            offset=self.offset,
+            piece=self.piece,
             norm_class=self.norm_class,
         )
 
@@ -194,7 +195,7 @@ class Watched(NamedTuple):
         part: 0: updated by the C++ kernels; else on this one of the plan's devices, counted from 1.
         repeat: how often it stands earlier in the groups.
         scalars_here: the plan counts the step and computes the scalars, not the device.
-        offset, norm_class: see `Target`.
+        piece, norm_class: see `Target`.
     """
 
     local: Tensor
@@ -208,7 +209,7 @@ class Watched(NamedTuple):
     part: int
     repeat: int
     scalars_here: bool
-    offset: int
+    piece: Piece
     norm_class: int
 
 
@@ -245,8 +246,8 @@ def find(
         checks.check(param, grad, place, rule.sparse)
         checks.check_step(state.get("step", 0.0), place)
     try:
-        forms = precision.kept(rule, place.group, param, names, place)
-        offset = shards.offset(whole, forms, place)
+        forms = precision.kept(rule, place.group, param, names, place, whole)
+        piece = shards.piece(whole, forms, place)
         shards.check_state(whole, entries, precision.keys(rule.states), place)
         if grad is not None:
             precision.check(param, state, rule, forms, place)
@@ -259,7 +260,7 @@ def find(
         if grad is None:  # time enough when there is a gradient
             return None
         raise
-    return Param(place, number, param, grad, found, entries, state, forms, offset)
+    return Param(place, number, param, grad, found, entries, state, forms, piece)
 
 
 def _is_known(param: Tensor, state: dict[str, Any], forms: list[Kept]) -> bool:

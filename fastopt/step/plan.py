@@ -110,7 +110,7 @@ class Plan:
             Triton(rule, [p.target(counts=on_device) for p in members], captured, on_device)
             for members in of_device.values()
         ]
-        self._params_of = [[p.param for p in members] for members in of_device.values()]
+        self._params_of = [[p.whole for p in members] for members in of_device.values()]
         #: Whether anything is updated outside of `_devices`.
         self._on_host = any(p.backend != "triton" for p in params) or not self._devices
         return of_device

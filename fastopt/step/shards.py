@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..packing import PACKINGS, memory_order
+from ..packing import PACKINGS, WHOLE, Piece, memory_order
 from ..precision import MASTER_DTYPES, Kept
 
 Group = Any  # a torch.distributed.ProcessGroup
@@ -50,13 +50,17 @@ def like(param: Any, part: Tensor) -> Tensor:
     """The DTensor that has this part here, and is distributed as the parameter is."""
     from torch.distributed.tensor import DTensor
 
+    shape, stride, here = param.shape, param.stride(), local(param).shape
+    if part.shape != here:  # scales: of each row some blocks
+        shape = torch.Size([shape[0], part.shape[1] * shape[1] // here[1]])
+        stride = shape[1], 1
     whole = DTensor.from_local(
         part.detach(),
         param.device_mesh,
         param.placements,
         run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
+        shape=shape,
+        stride=stride,
     )
     if hasattr(part, "_checksums"):
         whole._local_tensor._checksums = part._checksums  # type: ignore[attr-defined]
@@ -103,50 +107,57 @@ def _misplaced(param: Any, tensor: Any) -> str:
     return _kind(tensor)
 
 
-def offset(param: Tensor, forms: Iterable[Kept], where: object) -> int:
-    """The place of this process's first element in the whole, in memory order, where random numbers
-    go by it.
+def piece(param: Tensor, forms: Iterable[Kept], where: object) -> Piece:
+    """Where the elements of this process are in the whole, where random numbers go by it.
 
     Raises:
         ValueError: ``forms`` are not for such a shard.
     """
-    packings = [PACKINGS[form.packing] for form in forms]
-    if not is_shard(param) or not any(packing.is_random for packing in packings):
-        return 0
-    if any(packing.is_coded for packing in packings):
-        raise ValueError(
-            f"{where} is {_kind(param)}, for which state_dtype='8bit' does not work: use "
-            "torch.bfloat16 or torch.float32"
-        )
-    found: int | None = _offset(param)
+    random = [form for form in forms if PACKINGS[form.packing].is_random]
+    if not is_shard(param) or not random:
+        return WHOLE
+    block = max(form.block for form in random)
+    found = _piece(param, block)
     if found is None:
+        blocks = f", or has parts of blocks of {block} elements" if block else ""
         raise ValueError(
-            f"{where} is {_kind(param)}, of which a rank has no run of elements in order, and so "
-            "not the random numbers of one process: use no stochastic rounding (master_weights="
-            "'stochastic', state_dtype=torch.bfloat16), or shard dimension 0"
+            f"{where} is {_kind(param)}, of which a rank has too scattered elements for the random "
+            f"numbers of one process{blocks}: use no stochastic rounding (master_weights="
+            "'stochastic', state_dtype=torch.bfloat16 or '8bit'), or shard dimension 0"
         )
     return found
 
 
-def _offset(param: Any) -> Any:
-    """See `offset`. None, on all ranks alike, where a rank has no run of elements."""
+def _piece(param: Any, block: int) -> Piece | None:
+    """See `piece`. None, on all ranks alike, where it cannot be said."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = param.device_mesh, param.placements
+    shape, mesh, placements = param.shape, param.device_mesh, param.placements
+    parts: dict[int, int] = {}  # of the dimensions that are cut
+    for placement, ranks in zip(placements, mesh.shape, strict=True):
+        if not placement.is_replicate() and ranks > 1:
+            parts[placement.dim] = parts.get(placement.dim, 1) * ranks
+    if not parts:
+        return WHOLE
     order = memory_order(param)
-    cut = {
-        order.index(placement.dim)
-        for placement, ranks in zip(placements, mesh.shape, strict=True)
-        if not placement.is_replicate() and ranks > 1
-    }
-    if not cut:
-        return 0
-    first = min(cut)
-    # All that is outside of the dimension that is cut must be one slice.
-    if len(cut) > 1 or math.prod(param.shape[d] for d in order[:first]) != 1:
+
+    def size(dims: Iterable[int]) -> int:
+        return math.prod(shape[d] for d in dims)
+
+    *outer, inner = (d for d in order if d in parts)
+    i = order.index(inner)
+    if len(outer) > 1 or (outer and size(order[: order.index(outer[0])]) != 1):
         return None
-    _, begin = compute_local_shape_and_global_offset(param.shape, mesh, placements)
-    return begin[order[first]] * math.prod(param.shape[d] for d in order[first + 1 :])
+    if block and inner != 0:  # all ranks have as much of a row, in whole blocks
+        if inner != 1 or size({*order[:i]} - {0}) != 1 or shape[1] % parts[1]:
+            return None
+        if size(range(1, len(shape))) // parts[1] % block:
+            return None
+    local, begin = compute_local_shape_and_global_offset(shape, mesh, placements)
+    offset = sum(begin[d] * size(order[order.index(d) + 1 :]) for d in parts)
+    if size(order[:i]) == 1:
+        return Piece(offset)
+    return Piece(offset, math.prod(local[d] for d in order[i:]), size(order[i:]))
 
 
 class _Sum(NamedTuple):

@@ -16,7 +16,7 @@ from helpers import (
 
 import fastopt
 
-SHAPES = [(7, 5), (600,), (), (0,)]
+SHAPES = [(9, 512), (7, 5), (), (0,)]  # the first is large enough for states of 8 bits
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1}
 #: Every rule in every dtype, and one rule in every mode: (cls, variant, dtype, master, states).
 RUNS = [(cls, variant, dtype, "auto", FP32) for cls, variant in CASES for dtype in DTYPES]

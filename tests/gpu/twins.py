@@ -26,9 +26,10 @@ on_either = [
 ]
 
 # 0-dim, empty (last too), one element, odd tails, a chunk of 8192 elements with one of its own.
-SHAPES = ((), (0,), (1,), (33, 5), (1100,), (8200,), (3, 0))
+# Large enough for states of 8 bits, with blocks of 32.
+SHAPES = ((), (0,), (1,), (33, 5), (1100,), (8200,), (257, 32), (3, 0))
 if COMPILED:
-    SHAPES = (*SHAPES, (7,), (33, 65), (8192,), (8193,), (40_000,), (2, 0))
+    SHAPES = (*SHAPES, (7,), (33, 65), (8192,), (8193,), (150, 256), (2, 0))
 FEW_SHAPES = SHAPES if COMPILED else ((5,), (9, 2))
 FLAGS = [
     {},

@@ -17,8 +17,8 @@ int main() {
     static thread_local uint32_t sums[kBlock / kSumBlock];
     for (int lower = 0; lower < kBlock; ++lower)
       in[lower] = bit_cast<float>(static_cast<uint32_t>(upper) << 16 | lower);
-    Pack<Packing::remainder, EightLanes>::run(in, 0, 0, kBlock, param, remainder, sums);
-    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, kBlock, out);
+    Pack<Packing::remainder, EightLanes>::run(in, 0, 0, 1, kBlock, param, remainder, sums);
+    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, 1, kBlock, out);
     int block_away = 0, block_wrong = 0;
     for (int i = 0; i < kBlock; ++i) {
       const bool nan = in[i] != in[i];
@@ -36,7 +36,7 @@ int main() {
     for (int lower = 0; lower < kBlock; ++lower) remainder[lower] = static_cast<uint16_t>(lower);
     for (int i = 0; i < kBlock; i += kSumBlock)
       sums[i / kSumBlock] = checksum(reinterpret_cast<const int16_t*>(param) + i, kSumBlock);
-    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, kBlock, out);
+    Unpack<Packing::remainder, EightLanes>::run(param, remainder, sums, 1, kBlock, out);
     const bool nan = (upper & 0x7fff) > 0x7f80;
     for (int i = 0; i < kBlock; ++i)
       block_wrong += nan ? out[i] == out[i] : static_cast<int>(nearest_bfloat16<OneLane>(out[i]) >> 16) != upper;

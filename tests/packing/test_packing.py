@@ -16,19 +16,20 @@ from hypothesis import strategies as st
 from rules.runs import machine
 
 import fastopt
-from fastopt.packing import CHUNK, CODE_BLOCK, PACKINGS, Stored, random_bits
+from fastopt.packing import CHUNK, CODE_BLOCK, PACKINGS, WHOLE, Stored, random_bits
 
 each_coded = pytest.mark.parametrize("packing", ["codes", "unsigned_codes"])
 
 
 def packed(x, packing, random=None):
-    """Numbers, stored; rounded by 32 random bits for each, or all by the same."""
+    """Numbers, stored, codes in one block a row; rounded by 32 random bits for each, or all by the
+    same."""
     kind = PACKINGS[packing]
-    stored = Stored(torch.empty_like(x, dtype=kind.a), packing, kind.new_b(x))
+    stored = Stored(torch.empty_like(x, dtype=kind.a), packing, kind.new_b(x, x.shape[-1]))
 
     def bits(like):
         if random is None:
-            return random_bits(0, 1, 0, 0, like)
+            return random_bits(0, 1, 0, WHOLE, like)
         return torch.full_like(like, random, dtype=torch.int64)
 
     stored.pack_(x, bits)
@@ -134,7 +135,7 @@ def test_stochastic_rounding_of_what_is_exact_or_not_finite(random):
 
 
 def uniform(n=2**20, seed=5, step=7, param=3):
-    return random_bits(seed, step, param, 0, torch.empty(n)).double() / 2**32
+    return random_bits(seed, step, param, WHOLE, torch.empty(n)).double() / 2**32
 
 
 def correlation(a, b):
@@ -175,27 +176,25 @@ def test_random_bits_depend_on_all_arguments():
 
 @each_coded
 @settings(deadline=None, max_examples=60)
-@given(n=st.integers(0, 3 * CODE_BLOCK + 1))
-def test_codes_of_any_length(packing, n):
+@given(rows=st.integers(0, 5), block=st.sampled_from([32, 64, 128, CODE_BLOCK]))
+def test_codes_in_blocks_of_any_size(packing, rows, block):
     """The error of a code is a small part of the number, or a tiny one of the block's largest;
     signs stay, those of zeros too."""
-    generator = torch.Generator().manual_seed(n)
-    decades = torch.rand(n, generator=generator) * 14 - 12
-    x = 10**decades * torch.randn(n, generator=generator)
-    x[1::97] *= 0.0
+    generator = torch.Generator().manual_seed(rows)
+    decades = torch.rand(rows, block, generator=generator) * 14 - 12
+    x = 10**decades * torch.randn(rows, block, generator=generator)
+    x.view(-1)[1::97] *= 0.0
     # z - 1 = x / scale has steps of 1 / 32 up to 1, and of z / 32 or less above; squares have
     # 1 / 16, and what is not 0 for the sake of the denominator.
     mantissa, floor = 32, 0
     if packing == "unsigned_codes":
         x, mantissa, floor = x.abs(), 16, 1 / 16
     stored = packed(x, packing)
-    assert stored.b.shape == (-(-n // CODE_BLOCK),)
+    assert stored.b.shape == (rows, 1)
     found = stored.unpack(FP32)
     assert torch.equal(found.signbit(), x.signbit())
     assert packing == "unsigned_codes" or not found[x == 0].any()
-    for block, scale in enumerate(stored.b):
-        part = slice(block * CODE_BLOCK, (block + 1) * CODE_BLOCK)
-        now, wanted = found[part], x[part]
+    for now, wanted, scale in zip(found, x, stored.b, strict=True):
         step = torch.maximum((wanted.abs() + scale) / mantissa, floor * scale)
         assert ((now - wanted).abs() <= step * 1.001).all()
         top = wanted.abs().argmax()
@@ -209,18 +208,18 @@ def test_codes_of_any_length(packing, n):
     st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=600), st.integers(0, 2**16 - 1)
 )
 def test_a_second_moment_never_decodes_to_0(values, random):
-    assert (packed(torch.tensor(values), "unsigned_codes", random).unpack(FP32) > 0).all()
+    assert (packed(torch.tensor([values]), "unsigned_codes", random).unpack(FP32) > 0).all()
 
 
 def test_unsigned_codes_are_unbiased():
     """A moving average that moves by less than a code does move, on average."""
     n = 2**20
-    x = torch.full((n,), 1 / 3)
-    x[::CODE_BLOCK] = 1.0  # the scale
-    found = packed(x, "unsigned_codes").unpack(FP32)[torch.arange(n) % CODE_BLOCK != 0]
+    x = torch.full((n // CODE_BLOCK, CODE_BLOCK), 1 / 3)
+    x[:, 0] = 1.0  # the scale
+    found = packed(x, "unsigned_codes").unpack(FP32)[:, 1:]
     # 5 standard deviations, and the 2^-24 of the scale's own rounding.
     bound = 5 * found.std() / math.sqrt(n) + 1e-7
-    assert (found.double().mean() - x[1].double()).abs() < bound
+    assert (found.double().mean() - x[0, 1].double()).abs() < bound
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -259,10 +258,10 @@ def decoded(codes, scale, backend):
 )
 def test_every_code_is_decoded_alike(backend, isa):
     """Of both zeros too: code 128 is -0, and 0 is what new states are filled with."""
-    codes = torch.arange(256).to(torch.uint8).repeat(3)
-    scale = torch.tensor([1.0, 2.0**-120, 1e30])
+    codes = torch.arange(256).to(torch.uint8).repeat(18, 1)
+    scale = torch.tensor([1.0, 2.0**-120, 1e30]).repeat(6).view(18, 1)
     wanted = bits(Stored(codes, "codes", scale).unpack(FP32))
-    assert (wanted[128], wanted[0]) == (-(2**31), 0)
-    assert Stored(codes, "unsigned_codes", scale).unpack(FP32)[0] == 0
+    assert (wanted[0, 128], wanted[0, 0]) == (-(2**31), 0)
+    assert Stored(codes, "unsigned_codes", scale).unpack(FP32)[0, 0] == 0
     with machine(isa, 1) if isa else contextlib.nullcontext():
         assert torch.equal(bits(decoded(codes, scale, backend)), wanted)

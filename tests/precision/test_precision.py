@@ -35,7 +35,7 @@ import fastopt
 from fastopt import packing
 
 pytestmark = masked_out
-CODE_BLOCK = packing.CODE_BLOCK
+CODE_BLOCK, MIN_CODED = packing.CODE_BLOCK, packing.MIN_CODED
 #: Every rule in the mode of the fewest bytes.
 FEWEST = [
     (*case, BF16, "stochastic", next(d for d in ("8bit", BF16, FP32) if fits(*case, d)))
@@ -187,34 +187,36 @@ def test_updates_of_reduced_states(cls, flags):
 
 def test_a_small_second_moment_explodes_nothing():
     """Beside an element whose gradients are 1e6 times as large, in one block."""
-    param = torch.nn.Parameter(torch.zeros(CODE_BLOCK))
+    param = torch.nn.Parameter(torch.zeros(MIN_CODED // CODE_BLOCK, CODE_BLOCK))
     optimizer = fastopt.AdamW([param], lr=1.0, weight_decay=0, state_dtype="8bit")
     for _ in range(20):
-        param.grad = torch.full((CODE_BLOCK,), 1e-6)
-        param.grad[0] = 1.0
+        param.grad = torch.full_like(param, 1e-6)
+        param.grad[:, 0] = 1.0
         before = param.detach().clone()
         optimizer.step()
-        assert (param - before).abs().max() <= 1.01  # Adam's bound for steady gradients
+        # Adam's bound for steady gradients is 1. The smallest codes, to which one in 2,000 of the
+        # small ones is rounded, are 2.14 apart: 1 / 14.75 / 32, and the root of 1 / 63487 / 16.
+        assert (param - before).abs().max() <= 2.2
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("cls", [fastopt.AdamW, fastopt.SGD, fastopt.RMSprop])
 def test_nothing_moves_after_the_last_gradient(cls, state_dtype):
     """Of an element in a block where another one still has gradients, so that the scale stays."""
-    param = torch.nn.Parameter(torch.zeros(CODE_BLOCK))
+    param = torch.nn.Parameter(torch.zeros(MIN_CODED // CODE_BLOCK, CODE_BLOCK))
     flags = {"weight_decay": 0.0} if cls is fastopt.AdamW else {"momentum": 0.9}
     optimizer = cls([param], lr=1e-3, state_dtype=state_dtype, **flags)
     generator = torch.Generator().manual_seed(0)
     for step in range(1000):
-        param.grad = torch.zeros(CODE_BLOCK)
-        param.grad[0] = torch.randn((), generator=generator)
+        param.grad = torch.zeros_like(param)
+        param.grad[:, 0] = torch.randn((), generator=generator)
         if step < 50:
-            param.grad[1:] = 1.0
+            param.grad[:, 1:] = 1.0
         if step == 300:  # fp32 momentum is 1e-12 of what it was
             before = param.detach().clone()
         optimizer.step()
     # Rounded to nearest, 8-bit moments would stay, and move AdamW's parameters by 0.1.
-    assert (param - before)[1:].abs().max() <= 0.01
+    assert (param - before)[:, 1:].abs().max() <= 0.01
 
 
 def test_parameters_that_share_a_version_counter():
@@ -348,10 +350,54 @@ def test_settings_that_are_none(cls, flags, message):
         optimizer.add_param_group({"params": new_params([(2,)]), **flags})
 
 
+BLOCKS = {
+    (16, 256): 256,
+    (2, 3, 64, 16): 256,
+    (33, 192): 64,
+    (130, 32): 32,
+    (4095,): 0,
+    (8192,): 0,  # rows of one element
+    (127, 32): 0,  # few elements
+    (300, 48): 0,  # rows of 3 times 16
+    (2, 0): 0,
+    (): 0,
+}
+
+
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_which_states_have_8_bits(shape):
+    """And how many elements share a scale."""
+    (param,) = new_params([shape])
+    optimizer = fastopt.AdamW([param], state_dtype="8bit")
+    take_steps(optimizer, range(2))
+    state, block = optimizer.state[param], BLOCKS[shape]
+    if not block:
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        return
+    for name in ("exp_avg", "exp_avg_sq"):
+        codes, scale = state[f"{name}_codes"], state[f"{name}_scale"]
+        assert (codes.shape, codes.dtype) == (shape, torch.uint8)
+        assert (scale.shape, scale.dtype) == ((shape[0], math.prod(shape[1:]) // block), FP32)
+
+
+def test_rows_that_are_no_runs_of_memory_keep_fp32():
+    param = torch.nn.Parameter(torch.ones(256, 512).t())
+    optimizer = fastopt.AdamW([param], state_dtype="8bit")
+    take_steps(optimizer, range(2))
+    assert "exp_avg" in optimizer.state[param]
+
+
+def test_a_large_parameter_without_8_bits_is_no_secret():
+    param = torch.nn.Parameter(torch.zeros(2**20))
+    param.grad = torch.ones_like(param)
+    with pytest.warns(match="parameter 0 of group 0, .* keeps its states in fp32, not in 8 bits"):
+        fastopt.AdamW([param], state_dtype="8bit").step()
+
+
 def test_bytes_of_a_parameter():
     """Of real storage: 2 + 2 for parameter and remainder, and a byte and 4 / 256 a moment."""
     n = 2**16
-    param = torch.nn.Parameter(torch.zeros(n, dtype=BF16))
+    param = torch.nn.Parameter(torch.zeros(2**8, 2**8, dtype=BF16))
     param.grad = torch.zeros_like(param)
     sizes = {}
     for state_dtype in STATE_DTYPES:

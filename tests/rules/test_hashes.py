@@ -17,6 +17,7 @@ from helpers import CASES, FP32, FP64, MODES, interpreted, masked_out
 pytestmark = masked_out
 FILE = Path(__file__).with_name("hashes.txt")
 SHAPES = [(33, 65), (8200,), (), (300,), (0,)]
+CODED = [(9, 512), (130, 32), (33, 192), (2, 64, 48)]  # large enough for states of 8 bits
 SETTINGS = {"lr": 0.01, "weight_decay": 0.1, "max_norm": 2.0, "clip_value": 0.05}
 
 
@@ -36,7 +37,8 @@ def name_of(cls, variant, dtype, master, states):
 
 def digest(cls, variant, dtype, master, states, backend):
     """Of parameters, states and norm after three steps; no such mode: ValueError."""
-    params = [torch.nn.Parameter(numbers(shape, dtype, i)) for i, shape in enumerate(SHAPES)]
+    shapes = SHAPES + CODED * (states == "8bit")
+    params = [torch.nn.Parameter(numbers(shape, dtype, i)) for i, shape in enumerate(shapes)]
     with torch.no_grad():  # of another layout
         params.append(torch.nn.Parameter(numbers((7, 40), dtype, 9).t()))
     modes = {"master_weights": master, "state_dtype": states, "seed": 3}

@@ -9,10 +9,12 @@ from ranks import run
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fastopt
+from fastopt.packing import in_memory_order
 from fastopt.step import shards
 
 SHAPES = [(7, 5), (8, 4, 2), (1,), (130, 70), (3, 3)]
-S0, S1, R = Shard(0), Shard(1), Replicate()
+CODED = [(9, 512), (2, 8, 512)]  # whose states have 8 bits
+S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
 
 
 def distributed(tensor, mesh, placements):
@@ -24,7 +26,8 @@ def distributed(tensor, mesh, placements):
 def new_pair(cls, mesh, placements, dtype, **settings):
     """An optimizer of DTensors, and one of the same numbers in one process."""
     generator = torch.Generator().manual_seed(0)
-    wholes = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    shapes = SHAPES + CODED * (settings.get("state_dtype") == "8bit")
+    wholes = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     shards = [torch.nn.Parameter(distributed(whole, mesh, placements)) for whole in wholes]
     plain = [torch.nn.Parameter(whole.clone()) for whole in wholes]
     return cls(shards, **settings), cls(plain, **settings)
@@ -78,6 +81,8 @@ LAYOUTS += [((2,), (R,)), ((4,), (S0,)), ((2, 2), (S0, S0)), ((2, 2), (S1, S0))]
 MODES = [
     *((BF16, {"master_weights": master}) for master in ("split", "fp32", "stochastic", None)),
     (BF16, {"master_weights": "split", "state_dtype": BF16}),
+    (BF16, {"master_weights": "stochastic", "state_dtype": "8bit"}),
+    (FP32, {"state_dtype": "8bit"}),
     *((FP16, {"master_weights": master}) for master in ("fp32", None)),
     (FP32, {"state_dtype": BF16}),
 ]
@@ -90,28 +95,51 @@ def test_every_rule(cls, variant, max_norm):
 
 
 @pytest.mark.parametrize(("shape", "placements"), LAYOUTS, ids=str)
-@pytest.mark.parametrize(("dtype", "settings"), [(FP32, {}), (BF16, {})], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        (FP32, {}),
+        (BF16, {"master_weights": "stochastic", "state_dtype": BF16}),
+        (BF16, {"state_dtype": "8bit"}),
+    ],
+    ids=str,
+)
 def test_every_layout(shape, placements, dtype, settings):
     settings = {**settings, "max_norm": 1.0}
     run(math.prod(shape), same_bits, shape, placements, fastopt.AdamW, dtype, settings)
 
 
-def offsets(shape, placements):
-    """Of pieces whose elements are numbered."""
+def pieces(shape, placements):
+    """Of tensors whose elements are numbered."""
     mesh = init_device_mesh("cpu", shape)
-    for size in [(8, 3), (7, 2), (5, 1), (3, 4, 2), (1, 6)]:
+    for size in [(8, 3, 4), (7, 2, 3), (5, 1, 6), (3, 4, 2), (1, 6, 3), (1, 1, 8)]:
         whole = torch.arange(math.prod(size)).view(size)
-        shard = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-        part = shards.local(shard).flatten()
-        found = shards._offset(shard)
-        if found is not None:
-            assert torch.equal(part, found + torch.arange(len(part)))
-        assert (found is None) == (S1 in placements and (size[0] > 1 or S0 in placements))
+        # torch makes copies contiguous.
+        for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2)][: 1 if R in placements else 3]:
+            shard = distribute_tensor(whole.permute(order), mesh, placements, src_data_rank=None)
+            part = in_memory_order(shards.local(shard))
+            found = shards._piece(shard, 0)
+            if found is None:  # two dimensions are cut, neither of which is the outermost
+                assert len({*placements} - {R}) == 2
+                assert size[0] > 1
+                assert order == (1, 0, 2) or S2 in placements
+                param = torch.nn.Parameter(shard.float())
+                param.grad = param.detach().clone()
+                with pytest.raises(ValueError, match="parameter 0 .* too scattered .*: use no"):
+                    fastopt.AdamW([param], state_dtype=BF16).step()
+                continue
+            offset, run, stride = found
+            places = torch.arange(len(part))
+            if run:
+                places = places // run * stride + places % run
+            assert torch.equal(part, offset + places)
 
 
-@pytest.mark.parametrize(("shape", "placements"), LAYOUTS, ids=str)
-def test_where_a_piece_begins(shape, placements):
-    run(math.prod(shape), offsets, shape, placements)
+@pytest.mark.parametrize(
+    ("shape", "placements"), [*LAYOUTS, ((2,), (S2,)), ((2, 2), (S1, S2))], ids=str
+)
+def test_where_a_piece_lies(shape, placements):
+    run(math.prod(shape), pieces, shape, placements)
 
 
 def test_fp64():

@@ -161,8 +161,8 @@ LOST += [(BF16, "8bit", name) for name in ("param_remainder", "exp_avg_codes", "
 @each_backend
 def test_memory_taken_away(backend, dtype, state_dtype, name, steps, left):
     """All of a storage, all but a byte, or a byte of it."""
-    grad = torch.ones(24, dtype=dtype).as_strided((4, 4), (5, 1), 5)
-    param = torch.nn.Parameter(torch.ones(24, dtype=dtype)[8:].view(4, 4).t())
+    grad = torch.ones(64 * 65 + 4, dtype=dtype).as_strided((64, 64), (65, 1), 5)
+    param = torch.nn.Parameter(torch.ones(8 + 64 * 64, dtype=dtype)[8:].view(64, 64))
     param.grad = grad
     optimizer = fastopt.AdamW([param], state_dtype=state_dtype, backend=backend)
     for _ in range(steps):

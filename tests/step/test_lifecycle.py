@@ -83,7 +83,8 @@ CHANGES = {
     "clip_value": [None, 0.3],
     "seed": [0, 7],
 }
-SHAPES = [(), (0,), (1,), (7,), (5, 3), (3, 0), (2, 3, 4, 2), (300,), (2, 257), (8200,)]
+SHAPES = [(), (0,), (1,), (7,), (5, 3), (3, 0), (2, 3, 4, 2), (2, 257), (8200,)]
+SHAPES += [(9, 512), (130, 32)]  # large enough for states of 8 bits
 LAYOUTS = ["dense", "transposed", "gaps", "inside"]
 GRADS = ["new", "new", "new", "none", "none", "keep", "in place", "zero", "expanded", "negated"]
 GRADS += [*LAYOUTS[1:], "other dtype"]
@@ -518,7 +519,9 @@ class Life(RuleBasedStateMachine):
                 now = state_of(key, state) if key else number
                 if key:
                     twin.states[key] = now
-                    error = error + 1.01 * state_error(key, x, c["state_dtype"])
+                    is_exact = c["state_dtype"] == "8bit" and f"{key}_codes" not in state
+                    kept = FP32 if is_exact else c["state_dtype"]
+                    error = error + 1.01 * state_error(key, x, kept)
                 elif not self.has_master(i):
                     error = error + 1.01 * param_error(x, param.dtype)
                 if twin.rounds and key in ("", "momentum_buffer"):
