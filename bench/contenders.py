@@ -126,6 +126,13 @@ class FastoptTorchScaler(Fastopt):
         return torch.amp.GradScaler(device)
 
 
+class FastoptPlain(Fastopt):
+    """On plain tensors, beside those that have DTensors."""
+
+    name = "fastopt, plain tensors"
+    own_process = True
+
+
 class ClipsApart(Contender):
     """What has no clipping of its own, and gets torch's.
 

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 import fastopt
+from fastopt.packing import CODE_BLOCK
 from fastopt.step import dispatch
 
 from . import history, kernels, machine, native
@@ -439,7 +440,7 @@ def count_host(counting: Counting, cases: list[tuple[Rule, Case]]) -> None:
     # address, and between what others have left there would be more collisions in dicts.
     prepared = []
     for (rule, case), tensors in product(cases, TENSORS):
-        workload = many_small(tensors, elements=1)
+        workload = many_small(tensors, (1,))
         prepared.append((rule, case, workload, workload.parameters(dtype=case.dtype)))
     for rule, case, workload, params in prepared:
         try:
@@ -517,7 +518,7 @@ def count_kernels(counting: Counting, which: str) -> None:
 
 def one_tensor(elements: int, dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(0)  # conversions of denormal fp16 numbers take more instructions
-    return many_small(1, elements).parameters(dtype=dtype)
+    return many_small(1, (elements // CODE_BLOCK, CODE_BLOCK)).parameters(dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,20 @@ class Child:
             UnavailableError: it raised this.
             CrashedError: it raised another error, or its process died.
         """
-        try:
+        self.send(method, *arguments)
+        return self.receive()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Asks, and does not wait for the answer."""
+        with suppress(OSError):  # `receive` tells that it died
             self.pipe.send((method, arguments))
-            return self.answer()
+
+    def receive(self) -> Any:
+        try:
+            kind, answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(PATIENCE)
             raise CrashedError(f"its process died, exit code {self.process.exitcode}") from None
-
-    def answer(self) -> Any:
-        kind, answer = self.pipe.recv()
         if kind is not None:
             raise kind(answer)
         return answer

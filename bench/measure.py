@@ -27,6 +27,7 @@ from . import clocks, machine
 from .contenders import Fastopt, FastoptTorchScaler, Rule, UnavailableError, told
 from .isolate import Remote
 from .modes import Case
+from .ranks import Ranks
 from .records import BOUND, COPY, Skip, Timing, case_of
 from .turns import OPERATIONS, UNSCALE, Bound, Copy, Local, Turn
 from .workloads import Gradients, Workload, doubles
@@ -96,6 +97,8 @@ def prepare(group: Group, turns: dict[Turn, Case], stack: ExitStack) -> Iterator
         try:
             if case.kind.own_process:
                 turn: Turn = Remote(case, group.rule, workload, device)
+            elif workload.ranks:
+                turn = Ranks(case, group.rule, workload, device)
             else:
                 if case.dtype not in common:
                     params = workload.parameters(device, case.dtype)

@@ -16,7 +16,7 @@ import torch
 
 from . import jobs, machine, tables, workloads
 from .arguments import at_least, one_of
-from .contenders import Contender, Fastopt, FastoptTorchScaler, Rule, rules
+from .contenders import Contender, Fastopt, FastoptPlain, FastoptTorchScaler, Rule, rules
 from .footprints import compiles, footprint, required
 from .jobs import Job
 from .measure import Group, measure
@@ -238,6 +238,10 @@ def groups_of(rule: Rule, workload: Workload, options: argparse.Namespace) -> It
         device=options.device,
         copied=QUICK_COPY if options.quick else COPY,
     )
+    if workload.ranks:
+        cases = [*ours(FP32), *ours(FP32, kind=FastoptPlain), Case(TorchFused, torch.float32)]
+        yield make(rule, workload, cases, [STEP, CLIP], with_bound=False)
+        return
     peers = peer_cases(kinds, modes)
     compiled = [case for case in peers if compiles(case) or case.kind.own_process]
     operations = options.operation or [STEP, CLIP]
@@ -298,7 +302,7 @@ def chosen_workloads(options: argparse.Namespace) -> list[Workload]:
         named = [available[name] for name in options.workload or [] if name in available]
         return sized([*named, *own], options)
     first = [available.pop(name) for name in main_workloads(options)]
-    rest = [found for found in available.values() if not found.large]
+    rest = [found for found in available.values() if not (found.large or found.ranks)]
     huge = available[HUGE]
     if options.quick:
         rest.append(huge)

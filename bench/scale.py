@@ -67,7 +67,7 @@ def workload(name: str, shapes: Sequence[tuple[int, ...]]) -> Workload:
     return Workload(name, "synthetic", ((1, tuple(shapes)),))
 
 
-COUNTED = workload("one tensor", [(2**20,)])  # its step number is 4 bytes more
+COUNTED = workload("one tensor", [(2**10, 2**10)])  # its step number is 4 bytes more
 
 
 class PlanError(Exception):
@@ -506,7 +506,7 @@ def shares() -> list[Share]:
 
 
 def millions(count: int) -> Workload:
-    return workload(f"{count}M", [(1000, 1000)] * count)
+    return workload(f"{count}M", [(1000, 1024)] * count)
 
 
 @dataclass(frozen=True, eq=False)

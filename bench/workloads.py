@@ -33,11 +33,13 @@ class Workload:
 
     Args:
         blocks: how often each list of shapes is repeated.
+        ranks: how many share the parameters, as DTensors; 0: they are plain tensors.
     """
 
     name: str
     source: str
     blocks: tuple[tuple[int, tuple[Shape, ...]], ...]
+    ranks: int = 0
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -165,9 +167,15 @@ def fewer_rows(shape: Shape, divisor: int) -> Shape:
     return (max(1, shape[0] // divisor), *shape[1:])
 
 
-def many_small(tensors: int, elements: int = 64) -> Workload:
+def many_small(tensors: int, shape: Shape = (64,)) -> Workload:
     """The workload of the host-overhead sweep."""
-    return Workload(f"{tensors} x {elements}", "synthetic", ((tensors, ((elements,),)),))
+    return Workload(f"{tensors} x {prod(shape)}", "synthetic", ((tensors, (shape,)),))
+
+
+def sharded(ranks: int) -> Workload:
+    """Parameters of FSDP2, of which each rank has 64 elements: what a step costs the host."""
+    source = "synthetic DTensors, dimension 0 sharded"
+    return Workload(f"fsdp-{ranks}", source, ((300, ((64 * ranks,),)),), ranks)
 
 
 def of_model(where: str) -> Workload:
@@ -225,4 +233,4 @@ def load() -> dict[str, Workload]:
                 f"{entry['tensors']} and {entry['parameters']}"
             )
         workloads[name] = workload
-    return workloads
+    return {**workloads, **{f"fsdp-{ranks}": sharded(ranks) for ranks in (1, 2)}}

@@ -38,7 +38,7 @@ def test_step_over_small_tensors(timed, rule, gradients):
 
 @pytest.mark.parametrize("elements", [64, 1 << 15])
 def test_clip_grad_norm(timed, elements):
-    params = many_small(100, elements).parameters()
+    params = many_small(100, (elements,)).parameters()
     grads = [param.grad for param in params]
     saved = [grad.clone() for grad in grads]
     timed(

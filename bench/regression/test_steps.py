@@ -13,7 +13,7 @@ from bench.peers import TorchFused
 from bench.turns import CLIP, STEP
 from bench.workloads import many_small
 
-SETS = {"cached": many_small(16, 1 << 14), "beyond": many_small(8, 1 << 20)}
+SETS = {"cached": many_small(16, (64, 256)), "beyond": many_small(8, (1024, 1024))}
 CASES = [
     *product(rules(), (*ours(FP32), Case(TorchFused, torch.float32))),
     *product([Rule(fastopt.AdamW, {})], ours(*(mode for mode in MODES.values() if mode != FP32))),

@@ -29,7 +29,7 @@ ADAMW = next(rule for rule in rules() if rule.title == "AdamW")
 TINY = Workload("tiny", "synthetic", ((1, ((100, 30), (1000,), (7,), (1,))),))
 #: Too many elements to be small: its gradients stay in the same memory.
 MEDIUM = Workload("medium", "synthetic", ((1, ((2**20 + 1,), (3, 5), ())),))
-WHOLE_BLOCKS = Workload("", "", ((1, ((256, 300), (512,))),))  # of 256 elements
+WHOLE_BLOCKS = Workload("", "", ((1, ((300, 256), (16, 256))),))  # of 256 elements
 FUSED = Case(TorchFused, torch.float32)
 BY_HAND = Case(MastersByHand, torch.bfloat16)
 ALL_MODES = ours(*MODES.values())

@@ -105,7 +105,7 @@ def test_a_shard_is_what_fsdp_gives_the_first_device():
 def test_the_check_finds_the_predicted_memory():
     """And says how far the times are off, which nobody asserts here."""
     tiny = [
-        scale.Share(scale.workload(str(n), [(256, 4)] * n), gpus) for n, gpus in ((4, 1), (8, 2))
+        scale.Share(scale.workload(str(n), [(64, 256)] * n), gpus) for n, gpus in ((4, 1), (8, 2))
     ]
     small = scale.workload("small", [(64,)] * 4)
     rows = list(scale.checked("split+8bit", ADAMW, tiny, small, 2, torch.device("cpu")))

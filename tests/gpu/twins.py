@@ -29,7 +29,7 @@ on_either = [
 # Large enough for states of 8 bits, with blocks of 32.
 SHAPES = ((), (0,), (1,), (33, 5), (1100,), (8200,), (257, 32), (3, 0))
 if COMPILED:
-    SHAPES = (*SHAPES, (7,), (33, 65), (8192,), (8193,), (150, 256), (2, 0))
+    SHAPES = (*SHAPES, (7,), (33, 65), (8192,), (8193,), (157, 256), (2, 0))
 FEW_SHAPES = SHAPES if COMPILED else ((5,), (9, 2))
 FLAGS = [
     {},
