@@ -41,6 +41,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import fastopt
@@ -52,7 +53,7 @@ from .contenders import MAX_NORM, Rule, UnavailableError, rules
 from .modes import FP32, MODES, SPLIT, Case, Mode, ours
 from .peers import TorchFused
 from .turns import CLIP, STEP
-from .workloads import many_small
+from .workloads import many_small, of_ranks
 
 TABLES = Path(__file__).with_suffix(".txt")
 
@@ -429,18 +430,22 @@ def count(which: str, *titles: str) -> None:
     if HOST in titles:
         count_host(counting, list(product(chosen, ours(FP32))))
         count_host(counting, list(product(chosen[-1:], ours(SPLIT))))
+        count_host(counting, list(product(chosen[-1:], ours(FP32))), dtensors=True)
     if REFERENCE in titles:
         count_host(counting, [(rule, fused) for rule in chosen])
+        count_host(counting, [(rule, fused) for rule in chosen[-1:]], dtensors=True)
     if KERNELS in titles:
         count_kernels(counting, which)
 
 
-def count_host(counting: Counting, cases: list[tuple[Rule, Case]]) -> None:
+def count_host(counting: Counting, cases: list[tuple[Rule, Case]], dtensors: bool = False) -> None:
+    if dtensors and not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     # All parameters are made at first, one beside the other in memory: the hash of a tensor is its
     # address, and between what others have left there would be more collisions in dicts.
     prepared = []
     for (rule, case), tensors in product(cases, TENSORS):
-        workload = many_small(tensors, (1,))
+        workload = of_ranks(1, tensors, 1) if dtensors else many_small(tensors, (1,))
         prepared.append((rule, case, workload, workload.parameters(dtype=case.dtype)))
     for rule, case, workload, params in prepared:
         try:
@@ -448,9 +453,8 @@ def count_host(counting: Counting, cases: list[tuple[Rule, Case]]) -> None:
         except UnavailableError:
             continue
         for gradients, fresh in FRESH.items():
-            label = Label(
-                HOST, f"{rule.name}, {case.name} {case.precision}, {gradients}", "", len(params)
-            )
+            what = f"{case.name} {case.precision}{' on DTensors' * dtensors}"
+            label = Label(HOST, f"{rule.name}, {what}, {gradients}", "", len(params))
             for number in range(WARMUP + STEPS):
                 if fresh:
                     workload.renew_gradients(params)

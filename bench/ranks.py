@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from . import clocks
 from .contenders import Rule
@@ -73,13 +71,8 @@ class Rank(Local):
     ) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // workload.ranks))
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workload.ranks)
-        mesh = init_device_mesh(device.type, (workload.ranks,))
-        params: list[Tensor] = [
-            torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-            for whole in workload.parameters(device, case.dtype)
-        ]
-        gradients = LocalGradients(workload, params)
-        gradients.renew(params, 0)
+        params = workload.parameters(device, case.dtype)
+        gradients = Gradients(workload, params)
         super().__init__(case, rule, params, gradients, clocks.of(device, workload.elements))
 
     def take(self, clock: int, number: int) -> dict[str, int]:
@@ -90,13 +83,3 @@ class Rank(Local):
 
     def size(self) -> int:
         return self.working_set
-
-
-class LocalGradients(Gradients):
-    """New ones in each turn, made as FSDP2 does: of the local gradient and the parameter's spec."""
-
-    def renew(self, params: list[Tensor], number: int, scaled: bool = False) -> None:
-        param: Any
-        for param in params:
-            local = torch.empty_like(param._local_tensor.detach()).normal_()
-            param.grad = DTensor(local, param._spec, requires_grad=False)

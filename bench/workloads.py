@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,12 @@ class Workload:
     def parameters(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> list[Tensor]:
-        """New parameters with gradients."""
+        """New parameters with gradients; of several ranks, of the process group that there is."""
         params = [noise(shape, dtype, device).requires_grad_() for shape in self.shapes]
+        if self.ranks:
+            params = sharded(params, self.ranks)
+            self.renew_gradients(params)
+            return params
         for param in params:
             param.grad = noise(tuple(param.shape), dtype, device)
         return params
@@ -94,8 +99,11 @@ class Workload:
         """Replace the gradients as ``zero_grad(set_to_none=True)`` and a backward pass do.
 
         Each lands at another address, since the old ones are kept until then, and no Python object
-        exists for it before the optimizer asks.
+        exists for it before the optimizer asks. DTensors get them as from FSDP2.
         """
+        if self.ranks:
+            renew_local_gradients(params)
+            return
         kept = [param.grad for param in params]
         for param in params:
             param.grad = None
@@ -172,10 +180,27 @@ def many_small(tensors: int, shape: Shape = (64,)) -> Workload:
     return Workload(f"{tensors} x {prod(shape)}", "synthetic", ((tensors, (shape,)),))
 
 
-def sharded(ranks: int) -> Workload:
-    """Parameters of FSDP2, of which each rank has 64 elements: what a step costs the host."""
+def of_ranks(ranks: int, tensors: int = 300, elements: int = 64) -> Workload:
+    """Parameters of FSDP2, of each of which a rank has so many elements: for the host's cost."""
     source = "synthetic DTensors, dimension 0 sharded"
-    return Workload(f"fsdp-{ranks}", source, ((300, ((64 * ranks,),)),), ranks)
+    return Workload(f"fsdp-{ranks}", source, ((tensors, ((elements * ranks,),)),), ranks)
+
+
+def sharded(wholes: list[Tensor], ranks: int) -> list[Tensor]:
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh(wholes[0].device.type, (ranks,))
+    parts = (distribute_tensor(whole.detach(), mesh, [Shard(0)]) for whole in wholes)
+    return [nn.Parameter(part) for part in parts]
+
+
+def renew_local_gradients(params: list[Tensor]) -> None:
+    from torch.distributed.tensor import DTensor
+
+    param: Any
+    for param in params:
+        local = noise(param._local_tensor.shape, param.dtype, param.device)
+        param.grad = DTensor(local, param._spec, requires_grad=False)
 
 
 def of_model(where: str) -> Workload:
@@ -233,4 +258,4 @@ def load() -> dict[str, Workload]:
                 f"{entry['tensors']} and {entry['parameters']}"
             )
         workloads[name] = workload
-    return {**workloads, **{f"fsdp-{ranks}": sharded(ranks) for ranks in (1, 2)}}
+    return {**workloads, **{f"fsdp-{ranks}": of_ranks(ranks) for ranks in (1, 2)}}
