@@ -8,18 +8,19 @@
 namespace fastopt {
 
 Plan::Plan(py::list groups, py::dict state, const py::list& items)
-    : watch_(groups, std::move(state)), last_cohort_(groups.size()) {
+    : watch_(std::move(groups), std::move(state)) {
   for (py::handle handle : items) {
     const auto [group, param, details] =
         handle.cast<std::tuple<int, py::object, std::optional<py::object>>>();
     Item item{};
     item.group = group;
+    if (last_cohort_.size() <= static_cast<size_t>(group)) last_cohort_.resize(group + 1);
     Param of_item;
     std::vector<Description> operands;
     if (details) {
       for (py::handle d : details->attr("operands")) operands.emplace_back(py::cast<py::tuple>(d));
       of_item = make_param(details->attr("rule").cast<int>(), operands);
-      of_item.number = static_cast<int>(items_.size());
+      of_item.number = details->attr("number").cast<int>();
       const auto piece = details->attr("piece").cast<std::array<int64_t, 3>>();
       of_item.piece = {piece[0], piece[1], piece[2]};
       of_item.norm_class = details->attr("norm_class").cast<int>();

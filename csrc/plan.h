@@ -16,8 +16,8 @@ class Plan {
   // parameters are about to make.
   using Cohort = std::pair<int, double>;
 
-  // groups and state are the optimizer's own. Each item stands for a parameter, in the order of the
-  // groups: (group index, parameter, details). See Watch.
+  // groups and state: what is watched of the optimizer. Each item stands for a parameter, in the order
+  // of the groups: (index of its group in the optimizer, parameter, details). See Watch.
   Plan(py::list groups, py::dict state, const py::list& items);
 
   // Holds the gradients that are there now, and returns `wanted`; none if the plan is stale.

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401  first, so that the extension shares torch's OpenMP runtime
 
 from .amp import GradScaler
+from .backward import step_in_backward
 from .clip import clip_grad_norm_, clip_grad_value_, get_total_norm
 from .optimizer import Optimizer
 from .prepare import prepare
@@ -24,4 +25,5 @@ __all__ = [
     "clip_grad_value_",
     "get_total_norm",
     "prepare",
+    "step_in_backward",
 ]

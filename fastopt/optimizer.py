@@ -18,7 +18,7 @@ from . import checkpoints, precision, settings
 from .dynamo import untraced
 from .precision import MasterWeights, StateDtype
 from .rule import Group, Rule
-from .step import dispatch, shards
+from .step import checks, dispatch, shards
 from .step.dispatch import BackendName
 from .step.params import Place, Undo, new_states, take_back
 from .step.plan import Plan
@@ -72,9 +72,13 @@ class Shared:
         grad_norm: see `Optimizer`.
         grad_scale, found_inf, findings: see `Scaling`; None: not given.
         scaled: whether a `fastopt.GradScaler` makes the step.
+        in_backward: the handle of `step_in_backward`, while that is at work.
     """
 
-    __slots__ = ("findings", "found_inf", "grad_norm", "grad_scale", "optimizer", "scaled")
+    __slots__ = (
+        *("findings", "found_inf", "grad_norm", "grad_scale"),
+        *("in_backward", "optimizer", "scaled"),
+    )
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
@@ -83,6 +87,7 @@ class Shared:
         self.found_inf: Tensor | float | None = None
         self.findings: dict[torch.device, Tensor] | None = None
         self.scaled = False
+        self.in_backward: Any = None
 
     @property
     def scaling(self) -> Scaling:
@@ -256,14 +261,23 @@ class Optimizer(torch.optim.Optimizer):
         ``max_norm`` or ``fused`` asks for it, or for gradients in fp16, which torch's scaler
         refuses to unscale.
         """
-        return self.shared.scaled or any(
-            group["max_norm"] is not None
-            or bool(group["fused"])
-            or any(param.dtype == torch.float16 for param in group["params"])
-            for group in self._real.param_groups
+        return (
+            self.shared.scaled
+            or self.shared.in_backward is not None  # so that `step` can tell the scaler
+            or any(
+                group["max_norm"] is not None
+                or bool(group["fused"])
+                or any(param.dtype == torch.float16 for param in group["params"])
+                for group in self._real.param_groups
+            )
         )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        sum_of_squares: Tensor | float | None = None,
+    ) -> Any:
         """Makes one step: for all parameters that have a gradient.
 
         Or for none: if it raises, nothing has changed. If a signal interrupts it, it was made or
@@ -273,44 +287,84 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             closure: reevaluates the model and returns the loss, which is then returned here.
+            sum_of_squares: of all elements of all gradients, where it is known already: one number,
+                or a real tensor of one element, on any device. With a ``max_norm``, ``grad_norm``
+                is its root, and the gradients are read once instead of twice; else it is ignored.
+                It is that of the gradients as they are now, on all ranks, which must all give it:
+                scaled, if a `torch.amp.GradScaler` makes the step and has not unscaled them.
 
         Raises:
             RuntimeError: a parameter, gradient or state cannot be used: sparse, complex, on another
-                device, ...; the message names it.
-            ValueError, TypeError: a setting was changed to what it cannot be, or a precision mode
-                does not fit a parameter's dtype.
+                device, ...; the message names it. Or a `GradScaler` makes the step under
+                `step_in_backward`.
+            ValueError, TypeError: a setting was changed to what it cannot be, a precision mode
+                does not fit a parameter's dtype, or ``sum_of_squares`` is not such a number.
         """
+        if self.shared.in_backward and self.shared.scaling is not _UNSCALED:
+            raise RuntimeError(
+                "a GradScaler cannot make this step: under step_in_backward the gradients were "
+                "applied as they came, scaled, before any overflow of the later ones was known; "
+                "train in bf16 without a scaler, or remove() the handle of step_in_backward"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if sum_of_squares is not None:
+            sum_of_squares = checks.as_sum_of_squares(sum_of_squares)
         with self._lock:
-            self._take_back()
-            try:
-                self._step(self._undo)
-            except BaseException:
-                self._take_back()
-                raise
+            # Gone until the step is made: a plan that raised may be stale.
+            plan, self._plan = self._plan, None
+            self.shared.grad_norm, self._plan = self._step(plan, None, sum_of_squares)
         return loss
+
+    @untraced
+    def step_alone(self, places: dict[int, Place], plan: Plan | None) -> Plan | None:
+        """Makes a step for one parameter and drops its gradient: see `step_in_backward`.
+
+        A ``max_norm`` is that of this gradient alone.
+
+        Args:
+            places: where the parameter stands in the groups, by its numbers in the optimizer.
+            plan: what the last call for these ``places`` returned.
+
+        Raises:
+            As `step`.
+        """
+        with self._lock:
+            _, plan = self._step(plan, places, None)
+            for place in places.values():
+                place.param.grad = None
+        return plan
 
     def _take_back(self) -> None:
         """Undoes a step that raised. A second interrupt may leave that to the next call."""
         take_back(self._undo)
 
-    def _step(self, undo: Undo) -> None:
-        # Gone until the step is made: a plan that raised may be stale.
-        plan, self._plan = self._plan, None
-        groups, table = self.param_groups, self._table
-        if table is None or not table.holds(groups):
-            table = self._table = Table(self.rule, groups, self.defaults, table)
-        scaling = self.shared.scaling
-        on_device = table.on_device or scaling.on_device
-        made_for = groups, self.state, table, self.backend, self.norm_group, on_device
-        if plan is None or not plan.holds(*made_for):
-            plan = Plan(self.rule, *made_for, self._captured, undo)
-        self.shared.grad_norm = plan.run(scaling, undo)
-        if plan.reusable:
-            self._plan = plan
+    def _step(
+        self,
+        plan: Plan | None,
+        places: dict[int, Place] | None,
+        sum_of_squares: Tensor | None,
+    ) -> tuple[Tensor | None, Plan | None]:
+        """The norm, and the plan if it is good for another step."""
+        self._take_back()
+        try:
+            groups, table = self.param_groups, self._table
+            of = [None] if places is None else [place.group_index for place in places.values()]
+            if table is None or not all(table.holds(groups, g) for g in of):
+                table = self._table = Table(self.rule, groups, self.defaults, table)
+            scaling = self.shared.scaling
+            on_device = table.on_device or scaling.on_device
+            norm_group = self.norm_group if places is None else None
+            made_for = groups, self.state, table, self.backend, norm_group, on_device
+            if plan is None or not plan.holds(*made_for):
+                plan = Plan(self.rule, *made_for, self._captured, self._undo, places)
+            norm = plan.run(scaling, self._undo, sum_of_squares)
+            return norm, plan if plan.reusable else None
+        except BaseException:
+            self._take_back()
+            raise
 
     @staticmethod
     def profile_hook_step(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -480,6 +534,8 @@ class Optimizer(torch.optim.Optimizer):
         if "shared" not in vars(self):
             self._begin()
         self._plan = self._table = None
+        if self.shared.in_backward is not None:
+            self.shared.in_backward.plans.clear()
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)

@@ -89,6 +89,28 @@ def check(param: Tensor, grad: Tensor, where: object, sparse: str = "") -> None:
         )
 
 
+def as_sum_of_squares(given: object) -> Tensor:
+    """What `step` was given, as fp64 [1]; one on a GPU is not read.
+
+    Raises:
+        TypeError: it is no number, nor a plain real tensor of one element.
+        ValueError: it is negative.
+    """
+    if isinstance(given, Tensor):
+        fits = given.numel() == 1 and given.is_floating_point() and not is_wrapper(given)
+        number = given.detach().double().reshape(1) if fits else None
+    else:
+        fits = isinstance(given, (int, float))
+        number = torch.tensor([given], dtype=torch.float64, device="cpu") if fits else None
+    if number is None:
+        raise TypeError(
+            f"sum_of_squares is {short(given)}: give one number, or a plain tensor of one"
+        )
+    if number.device.type == "cpu" and number < 0:
+        raise ValueError(f"sum_of_squares is negative: {short(given)}")
+    return number
+
+
 def check_state(
     param: Tensor,
     name: str,

@@ -172,6 +172,7 @@ class Param:
             operands=target.operands(),
             states=[self.entries[key] for form in self.forms for key in form.keys],
             step=self.state.get("step"),
+            number=self.number,
             fresh=self.fresh,
             part=part,
             repeat=self.repeat,
@@ -191,11 +192,11 @@ class Watched(NamedTuple):
         rule: index into Rules of csrc/rules.
         operands: descriptions of parameter, gradient and states.
         states: the tensors of the parameter's state that a step writes, except ``step``.
+        number, piece, norm_class: see `Target`.
         fresh: there is no step to count, and the states are made in this step.
         part: 0: updated by the C++ kernels; else on this one of the plan's devices, counted from 1.
         repeat: how often it stands earlier in the groups.
         scalars_here: the plan counts the step and computes the scalars, not the device.
-        piece, norm_class: see `Target`.
     """
 
     local: Tensor
@@ -205,6 +206,7 @@ class Watched(NamedTuple):
     operands: list[Description]
     states: list[Tensor]
     step: Tensor | None
+    number: int
     fresh: bool
     part: int
     repeat: int

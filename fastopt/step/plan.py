@@ -28,6 +28,8 @@ class Plan:
         on_device: devices compute the scalars and count the steps of what they update.
         captured: where to keep what CUDA graphs use at their replays.
         undo: gets what takes the states back that are made.
+        places: those of the parameters that the step is for, by their numbers in the optimizer;
+            None: of all. The caller sees to it that the parameters still stand there.
 
     Attributes:
         reusable: `holds` may be asked. If not, the plan keeps gradients alive: drop it.
@@ -47,6 +49,7 @@ class Plan:
         on_device: bool,
         captured: list[Any],
         undo: Undo,
+        places: dict[int, Place] | None = None,
     ) -> None:
         self._made_for = groups, states, backend, norm_group, on_device
         self._table = table
@@ -55,34 +58,41 @@ class Plan:
         table.check()
         if backend != "auto":  # it may have been changed since `Optimizer` checked it
             dispatch.resolve(backend, rule)
-        places = [
-            Place(group, g, i)
-            for g, group in enumerate(groups)
-            for i in range(len(group["params"]))
-        ]
+        some = places is not None
+        if places is None:
+            each_place = (
+                Place(group, g, i)
+                for g, group in enumerate(groups)
+                for i in range(len(group["params"]))
+            )
+            places = dict(enumerate(each_place))
         found = [
             find(rule, place, number, table.forms[place.group_index][0], states, backend)
-            for number, place in enumerate(places)
+            for number, place in places.items()
         ]
         params = [param for param in found if param is not None]
-        whole = [place.param for place in places]
+        whole = [place.param for place in places.values()]
         self._exchange = shards.Exchange(whole, norm_group)
         self._lacks_group = norm_group is None and any(map(shards.is_flat, whole))
         seen: Counter[int] = Counter()
-        for param in params:
-            param.norm_class = self._exchange.classes[param.number]
-            param.repeat = seen[id(param.whole)]
-            seen[id(param.whole)] += 1
+        for param, norm_class in zip(found, self._exchange.classes, strict=True):
+            if param is not None:
+                param.norm_class = norm_class
+                param.repeat = seen[id(param.whole)]
+                seen[id(param.whole)] += 1
         make_states(rule, states, params, on_device, undo)
+        # C++ watches the optimizer's dict of states as a whole, where other parameters come and go.
+        self._entries = [(param, states.get(param)) for param in whole] if some else []
         self._options = norm_options(whole)
         of_device = self._divide(rule, params, captured)
         self._native: Any = None  # there if `_devices` are
         if extension := dispatch.extension():
             items = [
                 (place.group_index, place.param, self._watched(rule, param, [*of_device]))
-                for place, param in zip(places, found, strict=True)
+                for place, param in zip(places.values(), found, strict=True)
             ]
-            self._native = extension.Plan(groups, states, items)
+            watched = ([{"params": whole}], {}) if some else (groups, states)
+            self._native = extension.Plan(*watched, items)
         self._wanted = self._native.wanted() if self._native else []
         self._threads = torch.get_num_threads() if self._on_host else 1
         # A graph copies its tables only when it is replayed. And C++ finds no gradient that a
@@ -141,6 +151,7 @@ class Plan:
             or made_for[1] is not states
             or made_for[2:] != (backend, norm_group, on_device)
             or (table is not self._table and table.forms != self._table.forms)
+            or any(states.get(param) is not entries for param, entries in self._entries)
         ):
             return False
         self._table = table
@@ -149,18 +160,22 @@ class Plan:
         self._wanted = self._native.begin(self._threads)
         return self._wanted is not None
 
-    def run(self, scaling: Scaling, undo: Undo) -> Tensor | None:
+    def run(
+        self, scaling: Scaling, undo: Undo, sum_of_squares: Tensor | None = None
+    ) -> Tensor | None:
         """Makes the step.
 
         Args:
             undo: emptied once the step is made.
+            sum_of_squares: of all gradients on all ranks, fp64 [1]; None: to be taken here.
 
         Returns:
             the norm of the gradients; None if no group has a ``max_norm``.
         """
         # All that may raise comes before any change.
         table, finds = self._table, scaling.findings is not None
-        measures = table.clips or finds
+        wants_norm = table.clips or finds
+        measures = wants_norm and sum_of_squares is None
         if measures and self._lacks_group:
             raise ValueError(shards.LACKS_GROUP)
         reads = self._on_host or not self._on_device  # whether the host may wait for the scaler's
@@ -173,15 +188,15 @@ class Plan:
 
         # Where C++ alone updates, it takes the norm and decides by itself.
         alone = self._native is not None and not (self._devices or self._reference)
-        alone &= not (measures and self._exchange)
+        alone &= not (wants_norm and (self._exchange or sum_of_squares is not None))
         norm: Any = None
         squares: float | None = None
         norms: dict[torch.device, Tensor] = {}
         if not alone:
             partials: list[Tensor | None] = [None] * len(self._devices)
-            if measures:
+            if wants_norm:
                 to_host = self._on_host or skips or (finds and not self._on_device)
-                partials, squares = self._sums_of_squares(to_host)
+                partials, squares = self._sums_of_squares(to_host, sum_of_squares)
             if squares is not None:
                 norm = math.sqrt(squares) * inv_scale
                 skips |= finds and not math.isfinite(squares)
@@ -235,9 +250,14 @@ class Plan:
                 norms[device.device] = norm
         return norms
 
-    def _sums_of_squares(self, to_host: bool) -> tuple[list[Tensor | None], float | None]:
+    def _sums_of_squares(
+        self, to_host: bool, known: Tensor | None
+    ) -> tuple[list[Tensor | None], float | None]:
         """For each of `_devices`, there: numbers that add up to the sum of all squares; and that
         sum, if the host is to wait for it."""
+        if known is not None:
+            copies: list[Tensor | None] = [moved(known, each.device) for each in self._devices]
+            return copies, float(known) if to_host else None
         partials = [device.tensors.norm_partials() for device in self._devices]
         classes = self._exchange.n
         of_host = [0.0] * classes

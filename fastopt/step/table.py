@@ -127,12 +127,14 @@ class Table:
         }
         self.forms = [forms[g] for g in self._like]
 
-    def holds(self, groups: list[Group]) -> bool:
-        """Whether all settings are those that the table was made for."""
+    def holds(self, groups: list[Group], g: int | None = None) -> bool:
+        """Whether all settings, or those of one group, are those that the table was made for."""
         if not self._constant or len(groups) != len(self._like):
             return False
         try:
             # By identity: numbers do not change, and tensors must not be compared here.
+            if g is not None:
+                return all(map(is_, self._get(groups[g]), self._by_group[g]))
             values = chain.from_iterable(map(self._get, groups))
             return all(map(is_, values, self._values))
         except KeyError:
