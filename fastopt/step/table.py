@@ -126,6 +126,8 @@ class Table:
             for g, group in self._groups.items()
         }
         self.forms = [forms[g] for g in self._like]
+        # Kept for the next parameter, where each makes its step alone.
+        self._made: dict[tuple[int, float, float], Row] = {}
 
     def holds(self, groups: list[Group], g: int | None = None) -> bool:
         """Whether all settings, or those of one group, are those that the table was made for."""
@@ -159,12 +161,14 @@ class Table:
         Raises:
             ValueError: a hyperparameter is infinite or NaN.
         """
-        made: dict[tuple[int, float], Row] = {}
+        made = self._made
+        if not self._constant or len(made) > 100:
+            made.clear()
         rows = []
         for group, step in wanted:
-            key = self._like[group], step
+            key = self._like[group], step, inv_scale
             if key not in made:
-                made[key] = self._row(*key, inv_scale)
+                made[key] = self._row(*key)
             rows.append(made[key])
         return rows
 

@@ -1,7 +1,9 @@
 """`step_in_backward`: the bits of ordinary steps, and no gradient left behind."""
 
+import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import threading
 import weakref
@@ -12,6 +14,7 @@ from helpers import (
     BACKENDS,
     BF16,
     FP32,
+    Interruption,
     assert_same_bits,
     each_backend,
     each_case,
@@ -373,3 +376,56 @@ def test_what_is_refused():
         fastopt.step_in_backward(optimizer)
     assert not any(param._post_accumulate_grad_hooks for param in parameters(optimizer))
     assert not entries(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@each_backend
+def test_interrupted(backend):
+    """Anywhere in Python: each parameter was updated or not, and steps go on from there."""
+    for at in itertools.count(step=23):
+        plain, other = two(fastopt.AdamW, BF16, [(3,)] * 3, backend=backend)
+        fastopt.step_in_backward(other)
+        train(plain, [0])
+        train(other, [0])
+        interruption = Interruption(at)
+        with contextlib.suppress(KeyboardInterrupt), interruption:
+            loss_of(parameters(other), 1).backward()
+        made = [bool(other.state[param]["step"] == 2) for param in parameters(other)]
+        plain.zero_grad()
+        loss_of(parameters(plain), 1).backward()
+        for param, is_made in zip(parameters(plain), made, strict=True):
+            param.grad = param.grad if is_made else None
+        plain.step()
+        assert_same(plain, other)
+        for optimizer in (plain, other):
+            train(optimizer, [2])
+        assert_same(plain, other)
+        if interruption.left is not None:
+            break
+    assert at > 100
+
+
+def test_a_parameter_that_backward_needs_afterwards():
+    """autograd notices."""
+    weight, other = new_params([(3, 3), (3,)])
+    optimizer = fastopt.SGD([weight, other])
+    fastopt.step_in_backward(optimizer)
+    y = torch.ones(3, requires_grad=True) * other
+    loss = ((y * other) @ weight.detach() @ weight).sum()
+    assert loss.isfinite()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_wrapper():
+    """Of the optimizer's own class, as Lightning makes them."""
+    plain, other = two(fastopt.AdamW)
+    wrapper = type("Wrapper", (type(other),), {"__init__": lambda self: None})()
+    vars(wrapper).update(vars(other))
+    handle = fastopt.step_in_backward(wrapper)
+    for step in range(3):
+        loss_of(parameters(wrapper), step).backward()
+        wrapper.step()
+    handle.remove()
+    train(plain, range(3))
+    assert_same(plain, other)
