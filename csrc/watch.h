@@ -34,7 +34,7 @@ class Watch {
     bool had_grad;        // when `settle` was called last
   };
 
-  // groups and state are the optimizer's own.
+  // groups and state: what is watched of the optimizer.
   Watch(py::list groups, py::dict state);
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;

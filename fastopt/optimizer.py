@@ -351,8 +351,8 @@ class Optimizer(torch.optim.Optimizer):
         self._take_back()
         try:
             groups, table = self.param_groups, self._table
-            of = [None] if places is None else [place.group_index for place in places.values()]
-            if table is None or not all(table.holds(groups, g) for g in of):
+            some = None if places is None else [place.group_index for place in places.values()]
+            if table is None or not table.holds(groups, some):
                 table = self._table = Table(self.rule, groups, self.defaults, table)
             scaling = self.shared.scaling
             on_device = table.on_device or scaling.on_device

@@ -151,7 +151,10 @@ class Plan:
             or made_for[1] is not states
             or made_for[2:] != (backend, norm_group, on_device)
             or (table is not self._table and table.forms != self._table.forms)
-            or any(states.get(param) is not entries for param, entries in self._entries)
+            or (
+                self._entries
+                and any(states.get(param) is not entries for param, entries in self._entries)
+            )
         ):
             return False
         self._table = table
@@ -181,7 +184,7 @@ class Plan:
         reads = self._on_host or not self._on_device  # whether the host may wait for the scaler's
         inv_scale = scaling.inv_scale if reads else 1.0
         skips = reads and scaling.skips
-        rows = table.rows(self._wanted, inv_scale)
+        rows = table.rows(self._wanted, inv_scale, keeps=bool(self._entries))
         of_reference = self._rows_of_reference(inv_scale) if self._reference else []
         for part, (device, params) in enumerate(zip(self._devices, self._params_of, strict=True)):
             device.begin(part + 1, self._native, params, table, rows)

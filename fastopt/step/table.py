@@ -126,19 +126,18 @@ class Table:
             for g, group in self._groups.items()
         }
         self.forms = [forms[g] for g in self._like]
-        # Kept for the next parameter, where each makes its step alone.
         self._made: dict[tuple[int, float, float], Row] = {}
 
-    def holds(self, groups: list[Group], g: int | None = None) -> bool:
-        """Whether all settings, or those of one group, are those that the table was made for."""
+    def holds(self, groups: list[Group], some: Iterable[int] | None = None) -> bool:
+        """Whether all settings, or those of ``some`` groups, are what the table was made for."""
         if not self._constant or len(groups) != len(self._like):
             return False
         try:
             # By identity: numbers do not change, and tensors must not be compared here.
-            if g is not None:
-                return all(map(is_, self._get(groups[g]), self._by_group[g]))
-            values = chain.from_iterable(map(self._get, groups))
-            return all(map(is_, values, self._values))
+            if some is None:
+                values = chain.from_iterable(map(self._get, groups))
+                return all(map(is_, values, self._values))
+            return all(all(map(is_, self._get(groups[g]), self._by_group[g])) for g in some)
         except KeyError:
             return False
 
@@ -152,17 +151,20 @@ class Table:
             if self._constant or not self._is_on_device(group):
                 self._row(g, 1.0, 1.0)
 
-    def rows(self, wanted: Iterable[tuple[int, float]], inv_scale: float) -> list[Row]:
+    def rows(
+        self, wanted: Iterable[tuple[int, float]], inv_scale: float, keeps: bool = False
+    ) -> list[Row]:
         """For each group and step a row.
 
         Args:
             inv_scale: of the gradients.
+            keeps: take rows of the last calls again, where each parameter makes its step alone.
 
         Raises:
             ValueError: a hyperparameter is infinite or NaN.
         """
         made = self._made
-        if not self._constant or len(made) > 100:
+        if not (keeps and self._constant) or len(made) > 100:
             made.clear()
         rows = []
         for group, step in wanted:
