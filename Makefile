@@ -5,12 +5,17 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test sanitize bench figures lint clean extension
+.PHONY: demo test test-frameworks sanitize bench figures lint clean extension
 demo: extension
 	$(RUN) -m bench.demo
 
 test: extension
 	$(RUN) -m pytest
+
+# Only here are the frameworks installed: without them, `make test` skips what needs them.
+test-frameworks: extension
+	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-build-isolation 'fastopt[frameworks]'
+	$(RUN) -m pytest -m frameworks
 
 # What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZER := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g

@@ -12,6 +12,8 @@ from helpers import BF16, FP32, assert_same_bits, new_params, parameters, set_gr
 
 import fastopt
 
+pytestmark = pytest.mark.frameworks
+
 
 class Imitating:
     """An object of a class made from the optimizer's, as in Lightning and Fabric."""
