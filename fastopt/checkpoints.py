@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,36 @@ from .rule import Group, Rule, arithmetic_dtype
 from .step import checks, shards
 from .step.params import Place
 
-# Part of what an optimizer is, not of what it has learnt.
-_KEPT = (*precision.SETTINGS, "max_norm", "clip_value")
+
+def scripts(rule: Rule) -> tuple[str, ...]:
+    """The settings that are the script's: no state dict has them, and one that does is not asked.
+
+    They are those that torch lacks. `torch.distributed.checkpoint` requires of a checkpoint every
+    key that `state_dict` returns, and one of torch must do.
+    """
+    return (*precision.SETTINGS, "max_norm", "clip_value", "seed", *rule.beyond_torch)
+
 
 #: The states of torch's other optimizers.
 _TORCHS = {
     *("acc_delta", "ax", "col_var", "eta", "exp_inf", "mu", "mu_product", "old_dirs", "prev"),
     *("prev_flat_grad", "row_var", "step_size", "variance"),
 }
+
+
+class ParamGroup(Group):
+    """A param group. To iterate over it leaves out what state dicts leave out.
+
+    Required by ``StateDictOptions(flatten_optimizer_state_dict=True)``, which looks for each key
+    that it meets so in the state dict. `keys`, `items` and all else have every setting.
+    """
+
+    def __init__(self, group: Group, rule: Rule) -> None:
+        super().__init__(group)
+        self.left_out = scripts(rule)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in self.keys() if key not in self.left_out)
 
 
 class _Saved:
@@ -168,10 +190,10 @@ def prepare(
     def wrapped(value: Any) -> Any:
         return _Saved(value) if isinstance(value, Tensor) else value
 
-    groups = list(state_dict["param_groups"])
+    groups, kept = list(state_dict["param_groups"]), scripts(rule)
     if [len(saved["params"]) for saved in groups] == [len(own["params"]) for own in own_groups]:
         groups = [
-            {**own, "params": None, **saved, **{key: own[key] for key in _KEPT}}
+            ParamGroup({**own, "params": None, **saved, **{k: own[k] for k in kept}}, rule)
             for own, saved in zip(own_groups, groups, strict=True)
         ]
         _check(rule, own_groups, names, known, groups, state_dict["state"])
@@ -218,19 +240,15 @@ def convert(
     rule: Rule,
     groups: list[Group],
     states: Mapping[Any, Any],
-    saved_groups: list[Group],
     lossy: bool,
 ) -> None:
     """Brings the states, but for masters, into the form that the param groups ask for.
 
-    Args:
-        saved_groups: those of the state dict.
-
     Raises:
-        ValueError: something would be lost that a fastopt optimizer has saved, without ``lossy``.
+        ValueError: a master, or what codes stand for, would be lost without ``lossy``.
         RuntimeError: a state does not fit its parameter.
     """
-    for g, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+    for g, group in enumerate(groups):
         names = rule.states_of(group)
         for i, param in enumerate(group["params"]):
             state = states.get(param)
@@ -255,15 +273,11 @@ def convert(
             parts = shards.local_state(param, state)
             precision.check(here, parts, rule, forms, where)
             made = precision.convert(rule, here, parts, forms)
-            lost = made.lost
-            if saved.get("master_weights") in (None, "stochastic"):  # it was about to go anyway
-                lost = [what for what in lost if what != precision.MASTER]
-            if lost and "state_dtype" in saved and not lossy:
+            if made.lost and not lossy:
                 raise ValueError(
-                    f"{where} would lose precision of its {' and '.join(lost)}, saved with "
-                    f"master_weights={saved['master_weights']!r} and "
-                    f"state_dtype={str(saved['state_dtype'])!r}: use these settings, with a "
-                    "model of the dtype and layout that it had, or pass lossy=True"
+                    f"{where} would lose precision of its {' and '.join(made.lost)}: use the "
+                    "master_weights and state_dtype that it was saved with, with a model of the "
+                    "dtype and layout that it had, or pass lossy=True"
                 )
             state.update(shards.whole_state(param, made.new))
             for key in made.obsolete:
@@ -274,9 +288,6 @@ def convert(
 
 def for_torch(rule: Rule, groups: list[Group], state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with every state as plain numbers, and without master weights."""
-    for group in state_dict["param_groups"]:
-        for key in precision.SETTINGS:  # they do not hold any more, should it come back
-            del group[key]
     params = [(param, group) for group in groups for param in group["params"]]
     for index, (param, group) in enumerate(params):
         if index in state_dict["state"]:

@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from . import checkpoints, precision, settings
 from .dynamo import untraced
 from .precision import MasterWeights, StateDtype
-from .rule import Group, Rule
+from .rule import Rule
 from .step import checks, dispatch, shards
 from .step.dispatch import BackendName
 from .step.params import Place, Undo, new_states, take_back
@@ -405,6 +405,7 @@ class Optimizer(torch.optim.Optimizer):
                 may_wait=True,
             )
             settings.warn_of_typos(param_group, self.defaults, type(self).__name__)
+            param_group = checkpoints.ParamGroup(param_group, self.rule)
         with self._lock:
             super().add_param_group(param_group)
             if self.rule.from_the_start:
@@ -435,35 +436,33 @@ class Optimizer(torch.optim.Optimizer):
         """Loads a state dict of this class or of the torch class of the same name.
 
         Unlike torch, which casts states to the parameter's dtype, this keeps their precision, and
-        copies them, so that the optimizer shares no memory with ``state_dict``. ``max_norm``,
-        ``clip_value``, ``master_weights`` and ``state_dtype`` stay those of this optimizer's groups
-        (a copy by `copy.deepcopy` or `pickle` has them too). What the state dict has in another
-        form is converted, masters by the next step. So the model may be loaded before or after
-        this; but before it, where its parameters had 16 bits and have 32 now. A state dict of torch
-        is rounded as it has to be.
+        copies them, so that the optimizer shares no memory with ``state_dict``. Settings that torch
+        lacks (``max_norm``, ``clip_value``, ``master_weights``, ``state_dtype``, ``seed``, ...)
+        stay those of this optimizer's groups (a copy by `copy.deepcopy` or `pickle` has them too).
+        What the state dict has in another form is converted: states of torch's names and dtypes are
+        rounded to ``state_dtype``; masters are converted by the next step. So the model may be
+        loaded before or after this; but before it, where its parameters had 16 bits and have 32
+        now.
 
         NaN and infinite numbers are loaded: a run that diverged has saved them. Entries of a
         parameter's state that no optimizer of torch or fastopt has are yours, and kept.
 
         Args:
-            lossy: convert also what cannot be converted exactly.
+            lossy: convert also masters and 8-bit states to what cannot hold them exactly.
 
         Raises:
-            ValueError: a conversion would lose something (without ``lossy``), or the state dict
-                has other groups, states of another rule, too few, or impossible values, or a
-                setting out of range; nothing was changed.
+            ValueError: such a conversion would lose something, or the state dict has other groups,
+                states of another rule, too few, or impossible values, or a setting out of range;
+                nothing was changed.
             TypeError: a setting is of a wrong type, or this is no state dict; nothing was changed.
             RuntimeError: a state does not fit its parameter; nothing was changed.
         """
         checkpoints.check_form(state_dict)
-        saved: list[Group] = []
 
         def prepare(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared = checkpoints.prepare(
+            return checkpoints.prepare(
                 self.rule, self.param_groups, self.defaults, _known_states(), state_dict
             )
-            saved.extend(state_dict["param_groups"])
-            return prepared
 
         with self._lock:
             # Registered only now, to run after the user's hooks.
@@ -472,7 +471,7 @@ class Optimizer(torch.optim.Optimizer):
             try:
                 self._take_back()
                 super().load_state_dict(state_dict)
-                checkpoints.convert(self.rule, self.param_groups, self.state, saved, lossy)
+                checkpoints.convert(self.rule, self.param_groups, self.state, lossy)
             except BaseException:
                 self.state, self.param_groups, self._plan = before
                 raise
@@ -509,8 +508,8 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; remainders are 0 where the parameter was written since the last step.
 
-        The groups have ``state_dtype`` as a word: `torch.distributed.checkpoint` refuses to gather
-        state dicts that hold a dtype.
+        The groups have the keys that torch's have, so that `torch.distributed.checkpoint` loads
+        checkpoints of either into the other: what torch lacks stays the script's.
         """
         with self._lock:
             # Registered only now, to run before the user's hooks.
@@ -559,14 +558,16 @@ class _Group:
 
 def _without_private(optimizer: Any, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
-        group["state_dtype"] = str(group["state_dtype"])
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+        for key in checkpoints.scripts(optimizer.rule):
+            group.pop(key, None)
+    params = [(group, param) for group in optimizer.param_groups for param in group["params"]]
     for key, state in state_dict["state"].items():
-        param = params[key] if isinstance(key, int) and 0 <= key < len(params) else None
-        if isinstance(param, Tensor) and isinstance(state, dict):
-            parts = shards.local_state(param, state)
-            changed = precision.to_save(shards.local(param), parts)
-            state_dict["state"][key] = {**state, **shards.whole_state(param, changed)}
+        if not (isinstance(key, int) and 0 <= key < len(params) and isinstance(state, dict)):
+            continue  # the user's own
+        group, param = params[key]
+        kept = {k: v for k, v in state.items() if not precision.is_leaving(group, k)}
+        changed = precision.to_save(shards.local(param), shards.local_state(param, kept))
+        state_dict["state"][key] = {**kept, **shards.whole_state(param, changed)}
 
 
 def _known_states() -> set[str]:

@@ -275,6 +275,11 @@ def make(rule: Rule, group: Group, param: Tensor, state: State, forms: list[Kept
     return made
 
 
+def is_leaving(group: Group, key: str) -> bool:
+    """Whether an entry of a parameter's state belongs to a master that the next step drops."""
+    return key in _MASTER_KEYS and group["master_weights"] in (None, "stochastic")
+
+
 def to_save(param: Tensor, state: State) -> State:
     """What is saved otherwise of a parameter's state than it is: a remainder without its checksums,
     and 0 where it no longer holds."""
@@ -326,7 +331,10 @@ def convert(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> Made:
             numbers = source.stored(param, state)
             new = _packed(form, param, numbers)
             made.new.update(new)
-            if not _same(form.stored(param, new).unpack(dtype), numbers.unpack(dtype)):
+            # Plain numbers are rounded as ``state_dtype`` says, whether torch saved them or we.
+            if source.packing != "plain" and not _same(
+                form.stored(param, new).unpack(dtype), numbers.unpack(dtype)
+            ):
                 made.lost.append(form.numbers)
     return made
 

@@ -57,6 +57,8 @@ class Rule:
         non_negative: the names of the states that are never negative.
         unfit: why the states of a param group cannot have a ``state_dtype``; "" if they can.
         sparse: torch's class for sparse gradients, if it has one.
+        beyond_torch: settings, other than those of every optimizer, that torch's class of the same
+            name lacks.
         checks: of hyperparameters that `settings` does not know.
     """
 
@@ -73,6 +75,7 @@ class Rule:
     non_negative: tuple[str, ...] = ()
     unfit: Callable[[Group, Any], str] = lambda group, state_dtype: ""
     sparse: str = ""
+    beyond_torch: tuple[str, ...] = ()
     checks: Mapping[str, Callable[..., None]] = field(default_factory=dict)
 
     @property

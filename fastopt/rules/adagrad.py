@@ -57,6 +57,7 @@ class Adagrad(Optimizer):
         non_negative=("sum",),
         unfit=unfit,
         sparse="torch.optim.Adagrad",
+        beyond_torch=("capturable",),
     )
     variants = ({}, {"lr_decay": 0.01, "initial_accumulator_value": 0.1})
 

@@ -86,6 +86,7 @@ class RMSprop(Optimizer):
         optional={"grad_avg": "centered", "momentum_buffer": "momentum"},
         non_negative=("square_avg",),
         unfit=unfit,
+        beyond_torch=("fused",),
     )
     variants = (
         {},

@@ -67,6 +67,7 @@ class SGD(Optimizer):
         Scalars,
         hyperparameters=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
         states=("momentum_buffer",),
+        beyond_torch=("capturable",),
         optional={"momentum_buffer": "momentum"},
         counts_steps=False,
         sparse="torch.optim.SGD",

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import traceback
+from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -28,32 +29,71 @@ def run(world, function, *args):
         what each returns, by rank.
     """
     while len(_ranks) < world:
-        context = mp.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        _ranks.append((process, ours))
-    with tempfile.TemporaryDirectory() as folder:
-        job = function.__module__, function.__name__, args, world, f"file://{folder}/store"
-        for rank, (_, pipe) in enumerate(_ranks[:world]):
-            pipe.send((rank, *job))
-        end = time.monotonic() + TIMEOUT
-        found, left = {}, {pipe: rank for rank, (_, pipe) in enumerate(_ranks[:world])}
-        while left and not any(error for error, _ in found.values()):
-            ready = wait(left, end - time.monotonic())
-            for pipe in ready:
-                answer = io.BytesIO(pipe.recv_bytes())
-                found[left.pop(pipe)] = torch.load(answer, weights_only=False)
-            if not ready:
-                found[-1] = f"no answer from the ranks {[*left.values()]}", None
-        failed = [f"rank {rank}: {error}" for rank, (error, _) in found.items() if error]
-        if failed:  # the others may wait for it
-            for process, _ in _ranks:
-                process.kill()
-                process.join()
-            _ranks.clear()
+        _ranks.append(_start())
+    found = _ask(_ranks[:world], TIMEOUT, function, args, lambda found: any(e for e, _ in found))
+    failed = [f"rank {rank}: {error}" for rank, (error, _) in found.items() if error]
+    if failed:  # the others may wait for it
+        _end(_ranks)
+        _ranks.clear()
     assert not failed, "\n".join(failed)
     return [found[rank][1] for rank in range(world)]
+
+
+def run_apart(world, function, *args, timeout):
+    """The same in new processes, which may die or wait for each other.
+
+    Args:
+        timeout: seconds, of their collectives.
+
+    Returns:
+        for each rank what it raised, "" if nothing, and what it returned; or `DIED`.
+    """
+    ranks = [_start() for _ in range(world)]
+    try:
+        found = _ask(ranks, timeout, function, args, lambda found: False)
+    finally:
+        _end(ranks)
+    return [found[rank] for rank in range(world)]
+
+
+DIED = "the process is gone", None
+
+
+def _start():
+    context = mp.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that ours ends with the process
+    return process, ours
+
+
+def _end(ranks):
+    for process, _ in ranks:
+        process.kill()
+        process.join()
+
+
+def _ask(ranks, timeout, function, args, is_enough):
+    """The answers of ranks, until they suffice: what each raised and returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = function.__module__, function.__name__, args, len(ranks), f"file://{folder}/store"
+        for rank, (_, pipe) in enumerate(ranks):
+            pipe.send((rank, *job, timeout))
+        end = time.monotonic() + TIMEOUT
+        found, left = {}, {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
+        while left and not is_enough(found.values()):
+            ready = wait(left, end - time.monotonic())
+            for pipe in ready:
+                try:
+                    answer = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+                except EOFError:
+                    answer = DIED
+                found[left.pop(pipe)] = answer
+            if not ready:
+                found |= dict.fromkeys(left.values(), ("no answer in time", None))
+                break
+    return found
 
 
 def _serve(pipe):
@@ -61,13 +101,19 @@ def _serve(pipe):
     torch.set_num_threads(1)
     while True:
         try:
-            rank, module, name, args, world, store = pipe.recv()
+            rank, module, name, args, world, store, timeout = pipe.recv()
         except EOFError:
             return
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         error, result = "", None
         try:
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+            dist.init_process_group(
+                "gloo",
+                init_method=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout),
+            )
             result = getattr(importlib.import_module(module), name)(*args)
         except BaseException:
             error = traceback.format_exc()

@@ -7,14 +7,9 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from helpers import BF16, FP32, assert_near_torch, assert_same_bits
 from ranks import run
 from test_shards import params_of, whole
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -317,62 +312,6 @@ def free_functions(kind, norm_type):
 def test_free_functions(kind, world, norm_type):
     """Also where torch's raise: on parameters of several meshes."""
     run(world, free_functions, kind, norm_type)
-
-
-def save(folder, kind, dtype, settings):
-    model = sharded_model(kind, dist.get_world_size(), dtype)
-    optimizer = fastopt.AdamW(model.parameters(), **settings)
-    steps(model, optimizer, range(3), dtype)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder)
-
-
-def steps(model, optimizer, numbers, dtype):
-    """With the same gradients on any number of ranks."""
-    for number in numbers:
-        generator = torch.Generator().manual_seed(number)
-        for param in model.parameters():
-            grad = torch.randn(param.shape, generator=generator).to(dtype)
-            if isinstance(param, DTensor):
-                grad = distribute_tensor(
-                    grad, param.device_mesh, param.placements, src_data_rank=None
-                )
-            param.grad = grad
-        optimizer.step()
-
-
-def load(folder, kind, dtype, settings):
-    world = dist.get_world_size()
-    model = sharded_model(kind, world, dtype) if kind else new_model(dtype)
-    optimizer = fastopt.AdamW(model.parameters(), **settings)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    steps(model, optimizer, range(3, 5), dtype)
-    other = new_model(dtype)
-    twin = fastopt.AdamW(other.parameters(), **settings)
-    steps(other, twin, range(5), dtype)
-    for param, its in zip(model.parameters(), other.parameters(), strict=True):
-        assert_same_bits([whole(param)], [its])
-        for name, value in twin.state[its].items():
-            assert_same_bits([whole(optimizer.state[param][name])], [value])
-
-
-RESHARDED = [
-    (FP32, {}),
-    *((BF16, {"master_weights": master}) for master in ("split", "fp32", "stochastic")),
-    (BF16, {"state_dtype": BF16}),
-    (BF16, {"state_dtype": "8bit"}),
-]
-
-
-@pytest.mark.parametrize(("dtype", "settings"), RESHARDED, ids=str)
-def test_saved_on_two_ranks_loaded_on_others(tmp_path, dtype, settings):
-    settings = {**settings, "max_norm": 1.0}
-    run(2, save, tmp_path, "fsdp", dtype, settings)
-    for world, kind in ((3, "fsdp"), (4, "fsdp x tp"), (1, "fsdp"), (1, "")):
-        run(world, load, tmp_path, kind, dtype, settings)
 
 
 def refused():
