@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .dynamo import untraced
 from .optimizer import Optimizer
+from .step import shards
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -50,25 +51,28 @@ class GradScaler(torch.amp.GradScaler):
             shared.grad_scale = shared.found_inf = None
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        grads = [
-            param.grad
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
-        if not isinstance(optimizer, Optimizer) or not all(map(_shows_in_norm, grads)):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if not isinstance(optimizer, Optimizer) or not all(map(_shows_in_norm, params)):
             return super()._check_inf_per_device(optimizer)
         # Filled by the step; torch reads it now, when it is empty, and in `update`.
         findings: dict[Any, Any] = {}
-        if grads:
+        # A rank without gradients takes part in the norm that others wait for.
+        is_shared = optimizer.norm_group is not None or any(map(shards.is_shard, params))
+        if is_shared or any(param.grad is not None for param in params):
             optimizer.shared.findings = findings
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
         return findings
 
 
-def _shows_in_norm(grad: Tensor) -> bool:
-    """Whether the sum of squares, in fp64, is finite exactly where the gradient is.
+def _shows_in_norm(param: Tensor) -> bool:
+    """Whether the sum of squares, in fp64, is finite exactly where the gradient is: on all ranks
+    alike, of which some may have none.
 
-    Subclasses may hold only a part of it, and MPS has no fp64.
+    Subclasses other than DTensor may hold only a part of it, and MPS has no fp64.
     """
-    return type(grad) is Tensor and grad.dtype != torch.float64 and not grad.is_mps
+    if param.dtype == torch.float64 or param.is_mps:
+        return False
+    grad = param.grad
+    return grad is None or (
+        grad.dtype != torch.float64 and (type(grad) is Tensor or shards.is_shard(grad))
+    )

@@ -147,15 +147,17 @@ def _check_numbers(
     """Raises where an entry of a state has numbers that no step makes.
 
     NaN and infinity are made by a step where a gradient was not finite: torch loads them too. The
-    scale of such numbers is NaN.
+    scale of such numbers is NaN. Of a DTensor each process looks at its own part, without a
+    collective: the others do not raise.
     """
+    numbers = shards.local(numbers)
     if (
         not isinstance(numbers, Tensor)
         or numbers.dtype not in DTYPES
         or numbers.layout != torch.strided
     ):
         raise checks.misfit(where.param, name, numbers, where)
-    if numbers.is_meta or checks.is_wrapper(numbers):  # of a DTensor, each process has a part
+    if numbers.is_meta or checks.is_wrapper(numbers):
         return
     found = ""
     if (are_scales or non_negative) and bool((numbers < 0).any()):

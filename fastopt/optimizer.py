@@ -390,7 +390,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @on_real
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as in torch; warns of keys that look like a setting's name with a typo.
+        """Adds a copy of a group; warns of keys that look like a setting's name with a typo.
 
         Raises:
             ValueError: a setting is out of range.
@@ -453,7 +453,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: such a conversion would lose something, or the state dict has other groups,
                 states of another rule, too few, or impossible values, or a setting out of range;
-                nothing was changed.
+                nothing was changed. Impossible values of a DTensor raise on the ranks that have
+                them, and on no other.
             TypeError: a setting is of a wrong type, or this is no state dict; nothing was changed.
             RuntimeError: a state does not fit its parameter; nothing was changed.
         """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +173,10 @@ class _Sum(NamedTuple):
     ranks: tuple[int, ...]
     span: tuple[int, ...]
 
+    @property
+    def is_alone(self) -> bool:
+        return len(self.span) == 1
+
 
 class Exchange:
     """The sums of squares of all ranks: what makes a norm global.
@@ -196,7 +202,7 @@ class Exchange:
                 sums[key] = _sum_of(param, norm_group)
             self.classes.append(numbers.setdefault(sums[key], len(numbers)))
         self.n = max(len(numbers), 1)
-        wide = {each.span for each in numbers if len(each.span) > 1}
+        wide = {each.span for key, each in sums.items() if _is_here(key) and not each.is_alone}
         self.spans = [s for s in wide if not any({*s} < {*other} for other in wide)]
         self.spans.sort()
         self._norm_group = norm_group
@@ -207,24 +213,42 @@ class Exchange:
             self.device = torch.device(first.device_mesh.device_type)
         elif params:
             self.device = params[0].device
-        # What a step indexes by, there already: a copy to a GPU would wait for it.
+        left = self._lay_out(params, numbers)
+        self._elsewhere = [
+            key[0]
+            for key, each in sums.items()
+            if key and not _is_here(key) and (each.is_alone or each in left)
+        ]
+
+    def _lay_out(self, params: Sequence[Any], numbers: dict[_Sum, int]) -> dict[_Sum, int]:
+        """Where each sum is in what is gathered. Returns those that are in no span."""
         self._mine: list[Tensor] = []  # of each span: its sums
-        self._places: list[Tensor] = []  # in what is gathered, in the order of the ranks
+        self._marks: list[int] = []  # and what tells its parameters from others
+        places = []  # of each sum, in the order of the ranks
+        n_gathered = 0
+        left = {each: k for each, k in numbers.items() if not each.is_alone}
         for span in self.spans:
-            mine = {each: k for each, k in numbers.items() if {*each.span} <= {*span}}
-            places = [
-                span.index(rank) * len(mine) + i
-                for i, each in enumerate(mine)
-                for rank in each.ranks
+            mine = {each: left.pop(each) for each in [*left] if {*each.span} <= {*span}}
+            width = _width(len(mine))
+            for i, (each, k) in enumerate(mine.items()):
+                places += [(k, n_gathered + span.index(rank) * width + i) for rank in each.ranks]
+            n_gathered += len(span) * width
+            shapes = [
+                (tuple(param.shape), param.placements)
+                for param, k in zip(params, self.classes, strict=True)
+                if k in mine.values() and is_shard(param)
             ]
+            self._marks.append(zlib.crc32(repr(shapes).encode()))
             self._mine.append(torch.tensor([*mine.values()], device=self.device))
-            self._places.append(torch.tensor(places, device=self.device))
         if self.spans:  # else nothing is copied: a CUDA graph may be captured
-            alone = [k for each, k in numbers.items() if len(each.span) == 1]
-            self._alone = torch.tensor(alone, dtype=torch.int64, device=self.device)
+            places += [(k, n_gathered + k) for each, k in numbers.items() if each.is_alone]
+            # There already, because a copy to a GPU would wait for it.
+            in_order = [place for _, place in sorted(places, key=itemgetter(0))]
+            self._places = torch.tensor(in_order, device=self.device)
+        return left
 
     def __bool__(self) -> bool:
-        return bool(self.spans)
+        return bool(self.spans or self._elsewhere)
 
     def __call__(self, squares: Tensor) -> Tensor:
         """What all ranks have, to be added up.
@@ -237,24 +261,54 @@ class Exchange:
 
         Raises:
             RuntimeError: the ranks do not take part alike, or one of them is gone.
+            ValueError: this rank cannot know the sums.
         """
         import torch.distributed as dist
 
+        if self._elsewhere:
+            raise ValueError(
+                f"the norm of the gradients cannot be known on this rank, which is none of the "
+                f"mesh {self._elsewhere[0]} of a parameter: leave the parameter out here, or set "
+                "no max_norm"
+            )
         found = []
-        for span, mine, places in zip(self.spans, self._mine, self._places, strict=True):
-            group = _group(span, self._norm_group)
-            here = squares[mine]
-            there = here.new_empty(len(span) * len(here))
+        for span, mine, mark in zip(self.spans, self._mine, self._marks, strict=True):
+            width = _width(len(mine))
+            here = squares.new_full((width,), mark)
+            here[: len(mine)] = squares[mine]
+            there = here.new_empty(len(span) * width)
+            unlike: Any = False
             try:
+                group = _group(span, self._norm_group)
                 dist.all_gather_into_tensor(there, here, group=group)
+                if there.device.type == "cpu":  # the host does not wait for a GPU
+                    unlike = (there[width - 1 :: width] != mark).any()
             except (RuntimeError, ValueError) as error:
-                raise RuntimeError(
-                    f"the norm of the gradients could not be exchanged between the ranks {span}: "
-                    "each of them must make this step, with the same parameters, meshes and "
-                    "max_norm"
-                ) from error
-            found.append(there[places])  # each rank adds up the same numbers in the same order
-        return torch.cat([*found, squares[self._alone]])
+                raise _not_exchanged(span) from error
+            if unlike:
+                raise _not_exchanged(span)
+            found.append(there)
+        # Each rank adds up the same numbers in the same order.
+        return torch.cat([*found, squares])[self._places]
+
+
+def _width(n: int) -> int:
+    """How many doubles a rank sends: its sums, and last the mark of its parameters. The same with
+    a few sums more: gloo ends the process where ranks send unlike sizes."""
+    return (n // 8 + 1) * 8
+
+
+def _not_exchanged(span: tuple[int, ...]) -> RuntimeError:
+    return RuntimeError(
+        f"the norm of the gradients could not be exchanged between the ranks {span}: each of them "
+        "must make this step, with the same parameters in the same order, the same meshes and "
+        "max_norm"
+    )
+
+
+def _is_here(key: Any) -> bool:
+    """Whether this rank is one of a mesh: ``key`` is (mesh, placements), or None without one."""
+    return key is None or key[0].get_coordinate() is not None
 
 
 def _sum_of(param: Any, norm_group: Group | None) -> _Sum:

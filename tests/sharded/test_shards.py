@@ -4,9 +4,28 @@ import math
 
 import pytest
 import torch
-from helpers import BACKENDS, BF16, FP16, FP32, FP64, assert_same_bits, each_case, set_grads
+import torch.distributed as dist
+from helpers import (
+    BACKENDS,
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    assert_same_bits,
+    each_case,
+    new_params,
+    set_grads,
+)
 from ranks import run
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 import fastopt
 from fastopt.packing import in_memory_order
@@ -41,7 +60,9 @@ def step_both(pair, step):
     sharded, plain = pair
     set_grads(params_of(plain), step)
     for param, other in zip(params_of(sharded), params_of(plain), strict=True):
-        param.grad = distributed(other.grad, param.device_mesh, param.placements)
+        is_shard = isinstance(param, DTensor)
+        layout = (param.device_mesh, param.placements) if is_shard else None
+        param.grad = distributed(other.grad, *layout) if layout else other.grad.clone()
     for optimizer in pair:
         optimizer.step()
 
@@ -60,7 +81,7 @@ def assert_same(sharded, plain):
         state, other_state = sharded.state[param], plain.state[other]
         assert state.keys() == other_state.keys()
         for name, value in state.items():
-            assert isinstance(value, DTensor) == (name != "step")
+            assert isinstance(value, DTensor) == (name != "step" and isinstance(param, DTensor))
             assert_same_bits([whole(value)], [other_state[name]])
 
 
@@ -107,6 +128,52 @@ def test_every_rule(cls, variant, max_norm):
 def test_every_layout(shape, placements, dtype, settings):
     settings = {**settings, "max_norm": 1.0}
     run(math.prod(shape), same_bits, shape, placements, fastopt.AdamW, dtype, settings)
+
+
+def on_several_meshes(with_the_whole, dtype, settings):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    layouts = [(mesh["dp"], [S0]), (mesh["tp"], [S0]), None, (mesh["dp"], [R]), (mesh["tp"], [S0])]
+    if with_the_whole:
+        layouts[1] = mesh, [S0, R]
+        layouts[4] = mesh, [S0, S0]
+    plain = new_params(SHAPES, dtype)
+    params = [
+        torch.nn.Parameter(distributed(whole.detach(), *layout) if layout else whole.detach() + 0)
+        for whole, layout in zip(plain, layouts, strict=True)
+    ]
+    pair = fastopt.AdamW(params, **settings), fastopt.AdamW(plain, **settings)
+    for step in range(3):
+        step_both(pair, step)
+        norm = fastopt.get_total_norm([param.grad for param in params])
+        assert_same_bits([pair[0].grad_norm, norm], [pair[1].grad_norm] * 2)
+        assert pair[0]._plan is not None
+    assert_same(*pair)
+
+
+@pytest.mark.parametrize(("dtype", "settings"), MODES, ids=str)
+@pytest.mark.parametrize("with_the_whole", [False, True])
+def test_several_meshes_and_none(with_the_whole, dtype, settings):
+    """Meshes side by side, or all within one, beside plain parameters."""
+    run(4, on_several_meshes, with_the_whole, dtype, {**settings, "max_norm": 1.0})
+
+
+def unfinished_gradients():
+    """Whose reduction still runs."""
+    mesh = init_device_mesh("cpu", (2,))
+    param = torch.nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [S0]))
+    optimizer = fastopt.SGD([param], lr=1.0, max_norm=100.0)
+    for step in range(1, 4):
+        mine = torch.arange(4.0) + dist.get_rank()
+        partial = DTensor.from_local(mine, mesh, [Partial()], run_check=False)
+        param.grad = partial.redistribute(placements=[S0], async_op=True)
+        assert type(param.grad._local_tensor) is AsyncCollectiveTensor
+        optimizer.step()
+        assert whole(param).tolist() == [-step * value for value in (1.0, 3.0, 5.0, 7.0)]
+        assert optimizer.grad_norm == torch.tensor(84.0).sqrt()
+
+
+def test_unfinished_gradients():
+    run(2, unfinished_gradients)
 
 
 def pieces(shape, placements):

@@ -1,6 +1,7 @@
 """Real training on several ranks: FSDP2, tensor parallelism, ZeRO, scalers, checkpoints."""
 
 import copy
+import functools
 import math
 from collections import Counter
 
@@ -10,13 +11,14 @@ import torch.distributed as dist
 from helpers import BF16, FP32, assert_near_torch, assert_same_bits
 from ranks import run
 from test_shards import params_of, whole
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
+from fastopt.step import shards
 
 
 def new_model(dtype=FP32):
@@ -29,20 +31,23 @@ def new_model(dtype=FP32):
 
 
 def sharded_model(kind, world, dtype=FP32):
-    model = new_model(dtype)
+    model, policy = new_model(dtype), {}
     if kind == "fsdp x tp":
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
         parallelize_module(model, mesh["tp"], plan)
         mesh = mesh["dp"]
+    elif kind == "mixed precision":
+        mesh = init_device_mesh("cpu", (world,))
+        policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
     elif kind == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (world,))
     for layer in model:
         if kind != "one unit" and any(True for _ in layer.parameters()):
-            fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
 
 
 def backward(model, step, rank=0):
@@ -75,7 +80,14 @@ def training(kind, dtype, settings):
             assert_same_bits([whole(value)], [other.state[twin][name]])
 
 
-KINDS = [("fsdp", 2), ("fsdp", 3), ("one unit", 4), ("hsdp", 4), ("fsdp x tp", 4)]
+KINDS = [
+    ("mixed precision", 2),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("one unit", 4),
+    ("hsdp", 4),
+    ("fsdp x tp", 4),
+]
 
 
 @pytest.mark.parametrize(("dtype", "settings"), [(FP32, {}), (BF16, {}), (FP32, {"max_norm": 0.5})])
@@ -186,6 +198,38 @@ def test_an_overflow_on_one_rank(scaler_class, settings):
         assert found == [(False, 2.0**11), (True, 2.0**10), (False, 2.0**11)]
 
 
+def scaled_without_gradients(kind):
+    """Rank 1 has no gradient, and rank 0 an overflow in the second step."""
+    rank = dist.get_rank()
+    if kind == "fsdp":
+        model, group = sharded_model("fsdp", 2), None
+    else:
+        model, group = new_model(), dist.group.WORLD
+    optimizer = fastopt.SGD(model.parameters(), lr=0.5, norm_group=group)
+    scaler = fastopt.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    found = []
+    for step in range(3):
+        model.zero_grad()
+        before = [shards.local(param).clone() for param in model.parameters()]
+        scaler.scale(model(torch.ones(2, 5)).square().sum()).backward()
+        if rank == 1:
+            model.zero_grad()
+        elif step == 1:
+            shards.local(next(model.parameters()).grad).fill_(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        same = map(torch.equal, map(shards.local, model.parameters()), before)
+        found.append((any(same), scaler.get_scale()))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "norm_group"])
+def test_a_scaler_on_a_rank_without_gradients(kind):
+    first, second = run(2, scaled_without_gradients, kind)
+    assert first == [(False, 2.0**11), (True, 2.0**10), (False, 2.0**11)]
+    assert second == [(True, scale) for _, scale in first]
+
+
 def mesh_of_one():
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
     shard = torch.nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
@@ -237,8 +281,8 @@ def test_norm_group(world, backend):
 def zero(settings, dtype):
     """Against the same optimizer in DDP's place."""
     model, other = new_model(dtype), new_model(dtype)
-    sharded = ZeroRedundancyOptimizer(model.parameters(), fastopt.AdamW, **settings)
-    sharded.optim.norm_group = dist.group.WORLD
+    adamw = functools.partial(fastopt.AdamW, norm_group=dist.group.WORLD)
+    sharded = ZeroRedundancyOptimizer(model.parameters(), adamw, **settings)
     plain = fastopt.AdamW(other.parameters(), **settings)
     for step in range(3):
         backward(other, step)
@@ -337,6 +381,25 @@ def refused():
     state["exp_avg"] = state["exp_avg"]._local_tensor
     with pytest.raises(RuntimeError, match="state 'exp_avg' a plain tensor: load"):
         optimizer.step()
+    other = fastopt.AdamW([torch.nn.Parameter(whole_param)])
+    other.param_groups[0]["params"][0].grad = whole_param
+    other.step()
+    del optimizer.state[param]
+    optimizer.step()
+    states, group = dict(optimizer.state[param]), optimizer.param_groups[0]
+    with pytest.raises(RuntimeError, match="parameter 0 .*Shard.*state 'exp_avg' a plain tensor"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0] is group
+    assert all(optimizer.state[param][name] is value for name, value in states.items())
+    optimizer.step()
+    damaged = copy.deepcopy(optimizer.state_dict())
+    if dist.get_rank() == 1:
+        damaged["state"][0]["exp_avg_sq"]._local_tensor[0] = -1.0
+        with pytest.raises(ValueError, match="parameter 0 .*'exp_avg_sq' with negative numbers"):
+            optimizer.load_state_dict(damaged)
+    else:
+        optimizer.load_state_dict(damaged)
+    optimizer.step()
     across = torch.nn.Parameter(distribute_tensor(torch.ones(40, 7 * 32), mesh, [Shard(1)]))
     across.grad = across.detach().clone()
     with pytest.raises(ValueError, match="parameter 0 .*is a DTensor .* parts of blocks of 32 .*:"):

@@ -1,13 +1,16 @@
 """Odd ways to hold it, each of which once went wrong."""
 
 import threading
+import warnings
 
 import pytest
 import torch
 from helpers import BF16, FP32, new_params, parameters, take_steps
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
+from fastopt.step import checks
 
 
 def test_gradients_replaced_by_another_thread():
@@ -103,3 +106,19 @@ def test_a_state_dict_after_a_cast_to_fp32():
     remainder = optimizer.state[param]["param_remainder"].clone()
     saved = optimizer.state_dict()["state"][0]
     assert torch.equal(saved["param_remainder"], remainder)
+
+
+def test_a_subclass_that_no_kernel_takes():
+    """It is said once, with what it costs."""
+    checks.warn_once.cache_clear()
+    params = [torch.nn.Parameter(TwoTensor(torch.zeros(3), torch.zeros(3))) for _ in range(2)]
+    for param in params:
+        param.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    optimizer = fastopt.SGD(params, lr=1.0)
+    with pytest.warns(UserWarning, match="is a TwoTensor .*about a millisecond") as warned:
+        optimizer.step()
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert params[1].a.tolist() == [-2.0] * 3
