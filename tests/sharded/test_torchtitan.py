@@ -5,8 +5,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import BF16, FP32, assert_same_bits, clones
 from ranks import run
+from test_resharding import steps
 from test_shards import params_of, whole
-from test_training import new_model, sharded_model, steps
+from test_training import new_model, sharded_model
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
