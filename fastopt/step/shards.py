@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -205,7 +205,12 @@ class Exchange:
         wide = {each.span for key, each in sums.items() if _is_here(key) and not each.is_alone}
         self.spans = [s for s in wide if not any({*s} < {*other} for other in wide)]
         self.spans.sort()
-        self._norm_group = norm_group
+        self._groups: dict[tuple[int, ...], Callable[[], Group]] = {}  # of spans, if they have one
+        for key, each in sums.items():
+            if key is None:
+                self._groups[each.span] = lambda: norm_group
+            elif key[0].ndim == 1:
+                self._groups[each.span] = key[0].get_group
         #: Where the collectives take their tensors from.
         self.device = torch.device("cpu")
         first: Any = next(filter(is_shard, params), None)
@@ -279,7 +284,7 @@ class Exchange:
             there = here.new_empty(len(span) * width)
             unlike: Any = False
             try:
-                group = _group(span, self._norm_group)
+                group = _group(span, self._groups.get(span))
                 dist.all_gather_into_tensor(there, here, group=group)
                 if there.device.type == "cpu":  # the host does not wait for a GPU
                     unlike = (there[width - 1 :: width] != mark).any()
@@ -331,21 +336,24 @@ def _sum_of(param: Any, norm_group: Group | None) -> _Sum:
     return _Sum(tuple(some.flatten().tolist()), tuple(sorted(mesh.flatten().tolist())))
 
 
-_groups: dict[tuple[int, ...], tuple[Group, Group]] = {}
+_new_groups: dict[tuple[int, ...], tuple[Group, Group]] = {}
 
 
-def _group(ranks: tuple[int, ...], known: Group | None) -> Group | None:
-    """The process group of these ranks; None for that of all."""
+def _group(ranks: tuple[int, ...], known: Callable[[], Group] | None) -> Group | None:
+    """The process group of these ranks; None for that of all.
+
+    A new one is made only where there is none: its ranks must have made equally many before.
+    """
     import torch.distributed as dist
 
     if ranks == tuple(range(dist.get_world_size())):
         return None
-    if known is not None and ranks == tuple(sorted(dist.get_process_group_ranks(known))):
-        return known
-    world, group = _groups.get(ranks, (None, None))
+    if known is not None:
+        return known()
+    world, group = _new_groups.get(ranks, (None, None))
     if world is not dist.group.WORLD:
         group = dist.new_group([*ranks], use_local_synchronization=True)
-        _groups[ranks] = dist.group.WORLD, group
+        _new_groups[ranks] = dist.group.WORLD, group
     return group
 
 

@@ -12,6 +12,7 @@ from helpers import (
     FP32,
     FP64,
     assert_same_bits,
+    clones,
     each_case,
     new_params,
     set_grads,
@@ -138,8 +139,8 @@ def on_several_meshes(with_the_whole, dtype, settings):
         layouts[4] = mesh, [S0, S0]
     plain = new_params(SHAPES, dtype)
     params = [
-        torch.nn.Parameter(distributed(whole.detach(), *layout) if layout else whole.detach() + 0)
-        for whole, layout in zip(plain, layouts, strict=True)
+        torch.nn.Parameter(distributed(copy.detach(), *layout)) if layout else copy
+        for copy, layout in zip(clones(plain), layouts, strict=True)
     ]
     pair = fastopt.AdamW(params, **settings), fastopt.AdamW(plain, **settings)
     for step in range(3):
