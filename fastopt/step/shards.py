@@ -227,8 +227,8 @@ class Exchange:
 
     def _lay_out(self, params: Sequence[Any], numbers: dict[_Sum, int]) -> dict[_Sum, int]:
         """Where each sum is in what is gathered. Returns those that are in no span."""
-        self._mine: list[Tensor] = []  # of each span: its sums
-        self._marks: list[int] = []  # and what tells its parameters from others
+        self._marks: list[int] = []  # of each span: what tells its parameters from others
+        self._mine: list[Tensor] = []  # and what it sends: the indices of sums, then of its mark
         places = []  # of each sum, in the order of the ranks
         n_gathered = 0
         left = {each: k for each, k in numbers.items() if not each.is_alone}
@@ -243,13 +243,15 @@ class Exchange:
                 for param, k in zip(params, self.classes, strict=True)
                 if k in mine.values() and is_shard(param)
             ]
+            sent = [*mine.values()] + [self.n + len(self._marks)] * (width - len(mine))
             self._marks.append(zlib.crc32(repr(shapes).encode()))
-            self._mine.append(torch.tensor([*mine.values()], device=self.device))
+            self._mine.append(torch.tensor(sent, device=self.device))
         if self.spans:  # else nothing is copied: a CUDA graph may be captured
             places += [(k, n_gathered + k) for each, k in numbers.items() if each.is_alone]
             # There already, because a copy to a GPU would wait for it.
             in_order = [place for _, place in sorted(places, key=itemgetter(0))]
             self._places = torch.tensor(in_order, device=self.device)
+            self._marks_there = torch.tensor(self._marks, dtype=torch.float64, device=self.device)
         return left
 
     def __bool__(self) -> bool:
@@ -277,17 +279,16 @@ class Exchange:
                 "no max_norm"
             )
         found = []
+        squares_and_marks = torch.cat([squares, self._marks_there])
         for span, mine, mark in zip(self.spans, self._mine, self._marks, strict=True):
-            width = _width(len(mine))
-            here = squares.new_full((width,), mark)
-            here[: len(mine)] = squares[mine]
-            there = here.new_empty(len(span) * width)
-            unlike: Any = False
+            here = squares_and_marks[mine]
+            there = here.new_empty(len(span) * len(here))
+            unlike = False
             try:
                 group = _group(span, self._groups.get(span))
                 dist.all_gather_into_tensor(there, here, group=group)
                 if there.device.type == "cpu":  # the host does not wait for a GPU
-                    unlike = (there[width - 1 :: width] != mark).any()
+                    unlike = {*there[len(here) - 1 :: len(here)].tolist()} != {mark}
             except (RuntimeError, ValueError) as error:
                 raise _not_exchanged(span) from error
             if unlike:
