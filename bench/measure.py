@@ -96,7 +96,7 @@ def prepare(group: Group, turns: dict[Turn, Case], stack: ExitStack) -> Iterator
     for case in group.cases:
         try:
             if case.kind.own_process:
-                turn: Turn = Remote(case, group.rule, workload, device)
+                turn: Turn = Remote(case, group.rule, replace(workload, ranks=0), device)
             elif workload.ranks:
                 turn = Ranks(case, group.rule, workload, device)
             else:

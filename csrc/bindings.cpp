@@ -99,6 +99,7 @@ PYBIND11_MODULE(_C, m) {
     if (!fields_known) unknown.emplace_back("tensors");
     if (fields_known && !grads_known()) unknown.emplace_back("gradients");
     if (fields_known && !versions_known()) unknown.emplace_back("versions");
+    if (fields_known && !objects_known()) unknown.emplace_back("objects");
     return unknown;
   });
   // Of n bf16 numbers.

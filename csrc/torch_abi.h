@@ -18,13 +18,13 @@ namespace fastopt {
 // As Fields in fastopt/step/torch_abi.py, which explains them, in the same order.
 struct TensorFields {
   uint64_t impl, storage, autograd_meta, version, dim, sizes, storage_offset, dtype, keys, data,
-      nbytes, grad, number, undefined, plain_keys;
+      nbytes, grad, number, object, undefined, plain_keys;
 };
 
 // Compared with its names on loading.
 inline constexpr const char* kFieldNames[] = {
     "impl", "storage", "autograd_meta", "version", "dim", "sizes", "storage_offset", "dtype", "keys",
-    "data", "nbytes", "grad", "number", "undefined", "plain_keys"};
+    "data", "nbytes", "grad", "number", "object", "undefined", "plain_keys"};
 static_assert(sizeof(TensorFields) == std::size(kFieldNames) * sizeof(uint64_t));
 
 inline TensorFields fields;
@@ -32,6 +32,7 @@ inline bool fields_known = false;
 // Of these torch is asked in Python, in each step, where it is not known how it keeps them.
 inline bool grads_known() { return fields.autograd_meta; }
 inline bool versions_known() { return fields.version; }
+inline bool objects_known() { return fields.object; }
 
 // Functions of torch's stable C interface, which return 0 unless they fail. They take addresses of
 // an at::Tensor, of which TorchTensor::grad_slot is one.
@@ -101,6 +102,10 @@ class TorchTensor {
     const char* meta = read<const char*>(impl_, fields.autograd_meta);
     if (!meta || read<uint64_t>(meta, fields.grad) == fields.undefined) return nullptr;
     return meta + fields.grad;
+  }
+  // The Python tensor. Null where there has been none; one that only C++ holds has the lowest bit set.
+  PyObject* object() const {
+    return reinterpret_cast<PyObject*>(read<uintptr_t>(impl_, fields.object) & ~uintptr_t{1});
   }
   // Null for a tensor of inference mode.
   uint32_t* version() const {

@@ -214,18 +214,22 @@ bool Watch::is_expected(const Item& item, TorchTensor grad) const {
          grad.has(item.ndim, shape, shape + item.ndim);
 }
 
-// What `param.grad` is, and of a DTensor the part of this process; null where that is neither a tensor
-// nor None, or distributed otherwise than the parameter.
+// Of a DTensor's gradient the part of this process; null where it is distributed otherwise than the
+// parameter, or no DTensor.
+py::object Watch::part_of(const Item& item, PyObject* grad) const {
+  if (!grad || Py_TYPE(grad) != Py_TYPE(item.param) ||
+      !same_parts(spec_of(grad).ptr(), item.spec))
+    return py::object();
+  const py::object part = local_of(grad);
+  return is_tensor(part) ? part : py::object();
+}
+
+// What `param.grad` is, or the part of it; null where that is neither a tensor nor None.
 py::object Watch::asked_grad(const Item& item) const {
   static PyObject* const key = interned("grad");
-  py::object grad = attribute(item.param, key);
+  const py::object grad = attribute(item.param, key);
   if (grad.is_none()) return grad;
-  if (item.spec) {
-    if (Py_TYPE(grad.ptr()) != Py_TYPE(item.param) ||
-        !same_parts(spec_of(grad.ptr()).ptr(), item.spec))
-      return py::object();
-    grad = local_of(grad.ptr());
-  }
+  if (item.spec) return part_of(item, grad.ptr());
   return is_tensor(grad) ? grad : py::object();
 }
 
@@ -241,18 +245,19 @@ bool Watch::parts_hold(const Item& item) const {
 // time. False where it is not of the kind that was found.
 bool Watch::take_grad(size_t i, Operand& operand) {
   Item& item = items_[i];
+  py::object asked;  // what torch was asked for, or the part of what was not
   const char* slot = nullptr;
-  py::object asked;
-  if (grads_known() && !item.spec)
+  if (grads_known() && (!item.spec || objects_known())) {
     slot = TorchTensor::of(item.param).grad_slot();
-  else if (!(asked = asked_grad(item)))
+    if (slot && item.spec && !(asked = part_of(item, held_[i].hold(slot).object()))) return false;
+  } else if (!(asked = asked_grad(item))) {
     return false;
-  else if (!asked.is_none())
-    slot = TorchTensor::slot_of(asked.ptr());
-  item.has_grad = slot != nullptr;
-  if (!slot) return true;
+  }
+  item.has_grad = slot || (asked && !asked.is_none());
+  if (!item.has_grad) return true;
   if (!item.updated) return false;
-  const TorchTensor grad = held_[i].hold(slot);
+  const TorchTensor grad = asked ? TorchTensor::of(asked.ptr()) : held_[i].hold(slot);
+  if (asked) grads_.push_back(std::move(asked));
   if (!is_expected(item, grad)) return false;
   char* data = grad.data(item.grad_item_size, item.grad_extent);
   if (!data && item.grad_extent > 0) return false;  // its storage was resized

@@ -83,6 +83,7 @@ class Watch {
   void watch(py::handle tensor);
   bool groups_hold() const;
   bool state_holds();
+  py::object part_of(const Item& item, PyObject* grad) const;
   py::object asked_grad(const Item& item) const;
   bool parts_hold(const Item& item) const;
   bool is_expected(const Item& item, TorchTensor grad) const;

@@ -270,7 +270,6 @@ class Exchange:
             RuntimeError: the ranks do not take part alike, or one of them is gone.
             ValueError: this rank cannot know the sums.
         """
-        import torch.distributed as dist
 
         if self._elsewhere:
             raise ValueError(
@@ -286,7 +285,7 @@ class Exchange:
             unlike = False
             try:
                 group = _group(span, self._groups.get(span))
-                dist.all_gather_into_tensor(there, here, group=group)
+                _gather(there, here, group)
                 if there.device.type == "cpu":  # the host does not wait for a GPU
                     unlike = {*there[len(here) - 1 :: len(here)].tolist()} != {mark}
             except (RuntimeError, ValueError) as error:
@@ -315,6 +314,13 @@ def _not_exchanged(span: tuple[int, ...]) -> RuntimeError:
 def _is_here(key: Any) -> bool:
     """Whether this rank is one of a mesh: ``key`` is (mesh, placements), or None without one."""
     return key is None or key[0].get_coordinate() is not None
+
+
+def _gather(there: Tensor, here: Tensor, group: Group | None) -> None:
+    import torch.distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None)  # its name from torch 2.13 on
+    (gather or dist.all_gather_into_tensor)(there, here, group=group)
 
 
 def _sum_of(param: Any, norm_group: Group | None) -> _Sum:

@@ -3,9 +3,9 @@
 Torch's own interfaces tell where a tensor is, but a step of many small tensors would spend nearly
 all of its time in them. So the offsets are found once per process, by looking for what is known of
 a few tensors in the bytes of these. A field counts only if there is one place for it that is right
-for all of them, and for others that were not searched. Where gradients or versions have none, of
-which no stable interface tells, torch is asked for them at every step; where any other field has
-none, every step is planned anew, in Python.
+for all of them, and for others that were not searched. Where gradients, versions or Python objects
+have none, of which no stable interface tells, torch is asked for them at every step; where any other
+field has none, every step is planned anew, in Python.
 
 Torch's objects differ in size between its versions, and torch does not tell the size. But each
 object is an allocation of its own, and the allocator tells how many bytes of that may be read: at
@@ -57,6 +57,7 @@ class Fields(NamedTuple):
         nbytes: in a StorageImpl: the size of the memory.
         grad: in what autograd knows: the address of the gradient's TensorImpl.
         number: in the counter of versions: the version, 32 bits.
+        object: the address of the Python tensor; its lowest bit may be set.
         undefined: the address of the TensorImpl that stands for no gradient.
         plain_keys: the dispatch keys of an ordinary tensor on the CPU.
 
@@ -76,6 +77,7 @@ class Fields(NamedTuple):
     nbytes: int
     grad: int
     number: int
+    object: int
     undefined: int
     plain_keys: int
 
@@ -266,8 +268,16 @@ def _version(tensor: Tensor, impl: int, memory: bytes) -> Choices:
     return {(offset, number) for number in _where(counter, "I", tensor._version)}
 
 
-#: What only functions tell of that torch does not promise.
-OPTIONAL = {("autograd_meta", "grad"): _autograd, ("version", "number"): _version}
+def _object(tensor: Tensor, impl: int, memory: bytes) -> Choices:
+    return {(at,) for at in _where(memory, "Q", id(tensor))}
+
+
+#: What a step can do without.
+OPTIONAL = {
+    ("autograd_meta", "grad"): _autograd,
+    ("version", "number"): _version,
+    ("object",): _object,
+}
 
 
 def _where(memory: bytes, code: str, *values: int) -> set[int]:
