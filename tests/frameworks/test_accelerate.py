@@ -54,7 +54,7 @@ def test_resume(settings):
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fastopt.GradScaler])
 def test_overflow(scaler_class, max_norm):
-    """Skipped by the scaler or, with ``max_norm``, in the step: then schedules go on."""
+    """Skipped by torch's scaler; by the step with ``max_norm`` or our scaler: schedules go on."""
 
     def ours(params):
         return fastopt.AdamW(params, lr=0.01, max_norm=max_norm)
