@@ -30,7 +30,7 @@ from torch.distributed.tensor import (
 
 import fastopt
 from fastopt.packing import in_memory_order
-from fastopt.step import shards
+from fastopt.step import dispatch, shards, torch_abi
 
 SHAPES = [(7, 5), (8, 4, 2), (1,), (130, 70), (3, 3)]
 CODED = [(9, 512), (2, 8, 512)]  # whose states have 8 bits
@@ -96,6 +96,21 @@ def same_bits(shape, placements, cls, dtype, settings):
         if pair[0].grad_norm is not None:
             assert_same_bits([pair[0].grad_norm.float()], [pair[1].grad_norm.float()])
     assert_same(*pair)
+
+
+def asking_torch():
+    """Where it is not known how torch keeps the Python object of a tensor."""
+    fields, functions = torch_abi.find()
+    use = dispatch.extension().use_torch_fields
+    use(fields._replace(object=0), *functions)
+    try:
+        same_bits((2,), (S0,), fastopt.AdamW, BF16, {"max_norm": 1.0})
+    finally:
+        use(fields, *functions)
+
+
+def test_a_plan_that_asks_torch_holds():
+    run(2, asking_torch)
 
 
 LAYOUTS = [((2,), (S0,)), ((3,), (S0,)), ((2,), (S1,)), ((2, 2), (S0, S1)), ((2, 2), (R, S0))]

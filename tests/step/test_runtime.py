@@ -210,7 +210,11 @@ for names in (*((name,) for name in needed), *torch_abi.OPTIONAL, ()):
 steps()
 """)
     n = len(fastopt.OPTIMIZERS)
-    slow, (*wrong, no_grads, no_versions, right), fast = lines[:n], lines[n:-n], lines[-n:]
+    slow, (*wrong, no_grads, no_versions, no_objects, right), fast = (
+        lines[:n],
+        lines[n:-n],
+        lines[-n:],
+    )
     assert all(line.startswith("True") for line in fast)
     assert slow == [line.replace("True", "False") for line in fast]
     assert len(wrong) == 11
@@ -219,5 +223,6 @@ steps()
     assert no_grads.startswith("['gradients'] CPU tensors")
     assert "; slower on many tensors: this torch keeps its gradients in" in no_grads
     assert no_versions.startswith("['versions'] CPU tensors")
+    assert no_objects.startswith("['objects'] CPU tensors")
     assert right.startswith("[] CPU tensors")
     assert "on many tensors" not in right
