@@ -4,8 +4,8 @@ Torch's own interfaces tell where a tensor is, but a step of many small tensors 
 all of its time in them. So the offsets are found once per process, by looking for what is known of
 a few tensors in the bytes of these. A field counts only if there is one place for it that is right
 for all of them, and for others that were not searched. Where gradients, versions or Python objects
-have none, of which no stable interface tells, torch is asked for them at every step; where any other
-field has none, every step is planned anew, in Python.
+have none, of which no stable interface tells, torch is asked for them at every step; where any
+other field has none, every step is planned anew, in Python.
 
 Torch's objects differ in size between its versions, and torch does not tell the size. But each
 object is an allocation of its own, and the allocator tells how many bytes of that may be read: at
