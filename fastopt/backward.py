@@ -110,13 +110,10 @@ class _Hook:
 
 
 def _places_of(optimizer: Optimizer) -> dict[Tensor, dict[int, Place]]:
-    """For each parameter where it stands in the groups, by its numbers in the optimizer."""
+    """For each parameter where it stands in the groups, by its numbers."""
     places: dict[Tensor, dict[int, Place]] = {}
-    number = 0
-    for g, group in enumerate(optimizer.param_groups):
-        for i, param in enumerate(group["params"]):
-            places.setdefault(param, {})[number] = Place(group, g, i)
-            number += 1
+    for number, place in optimizer.places().items():
+        places.setdefault(place.param, {})[number] = place
     return places
 
 

@@ -49,6 +49,7 @@ class Extra(TypedDict, total=False):
     state_dtype: StateDtype
     seed: int
     norm_group: Any
+    numbering: Iterable[Tensor] | None
     backend: BackendName
 
 
@@ -122,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or param groups, as in torch. Every setting may differ
-            between groups, except ``norm_group`` and ``backend``.
+            between groups, except ``norm_group``, ``numbering`` and ``backend``.
         lr, ...: the rule's own settings.
         maximize (default False): step up the gradient instead of down.
         foreach (default None): True, False or None, for torch's sake: every step here is fused.
@@ -165,6 +166,9 @@ class Optimizer(torch.optim.Optimizer):
         norm_group (default None): the process group over which the norm of plain parameters is
             taken, where each of its ranks has other parameters, or other parts of them. One for the
             whole optimizer. Copies share it; it is not pickled, nor part of state dicts.
+        numbering (default None): all parameters of the model, where this optimizer has only some of
+            them (ZeRO-1): the place in this list is the one that random numbers depend on, so that
+            they are those of an optimizer of the whole list.
         backend (default 'auto'): ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``;
             ``"auto"`` follows the environment variable ``FASTOPT_BACKEND`` where it is set, and
             else takes the fastest for each parameter.
@@ -211,10 +215,12 @@ class Optimizer(torch.optim.Optimizer):
         state_dtype: StateDtype = torch.float32,
         seed: int = 0,
         norm_group: Any = None,
+        numbering: Iterable[Tensor] | None = None,
         backend: BackendName = "auto",
     ) -> None:
         self.backend = dispatch.resolve(backend, self.rule)
         self.norm_group = norm_group
+        self._numbering = None if numbering is None else tuple(numbering)
         self._begin()
         common = {
             "maximize": maximize,
@@ -337,6 +343,24 @@ class Optimizer(torch.optim.Optimizer):
                 place.param.grad = None
         return plan
 
+    def places(self) -> dict[int, Place]:
+        """Where each parameter stands in the groups, by the number that its random numbers go by.
+
+        Raises:
+            ValueError: a parameter is not in ``numbering``, or stands twice in the groups.
+        """
+        numbers = {param: number for number, param in enumerate(self._numbering or ())}
+        places: dict[int, Place] = {}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                place = Place(group, g, i)
+                number = len(places) if self._numbering is None else numbers.get(param, -1)
+                if number < 0 or number in places:
+                    what = "is not in numbering" if number < 0 else "stands twice in the groups"
+                    raise ValueError(f"{place} {what}: give numbering= all parameters once")
+                places[number] = place
+        return places
+
     def _take_back(self) -> None:
         """Undoes a step that raised. A second interrupt may leave that to the next call."""
         take_back(self._undo)
@@ -359,7 +383,9 @@ class Optimizer(torch.optim.Optimizer):
             norm_group = self.norm_group if places is None else None
             made_for = groups, self.state, table, self.backend, norm_group, on_device
             if plan is None or not plan.holds(*made_for):
-                plan = Plan(self.rule, *made_for, self._captured, self._undo, places)
+                alone = places is not None
+                those = self.places() if places is None else places
+                plan = Plan(self.rule, *made_for, self._captured, self._undo, those, alone)
             norm = plan.run(scaling, self._undo, sum_of_squares)
             return norm, plan if plan.reusable else None
         except BaseException:
@@ -524,13 +550,15 @@ class Optimizer(torch.optim.Optimizer):
     @on_real
     def __getstate__(self) -> dict[str, Any]:
         norm_group = None if self.norm_group is None else _Group(self.norm_group)
-        return {**super().__getstate__(), "backend": self.backend, "norm_group": norm_group}
+        own = {"backend": self.backend, "norm_group": norm_group, "_numbering": self._numbering}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called after unpickling, deepcopy and load_state_dict.
         super().__setstate__(state)
         norm_group = vars(self).get("norm_group")
         self.norm_group = norm_group.group if isinstance(norm_group, _Group) else norm_group
+        self._numbering = vars(self).get("_numbering")  # older pickles have none
         if "shared" not in vars(self):
             self._begin()
         self._plan = self._table = None

@@ -28,8 +28,8 @@ class Plan:
         on_device: devices compute the scalars and count the steps of what they update.
         captured: where to keep what CUDA graphs use at their replays.
         undo: gets what takes the states back that are made.
-        places: those of the parameters that the step is for, by their numbers in the optimizer;
-            None: of all. The caller sees to it that the parameters still stand there.
+        places: those of the parameters that the step is for, by their numbers.
+        alone: there are others, and the caller sees to it that these still stand there.
 
     Attributes:
         reusable: `holds` may be asked. If not, the plan keeps gradients alive: drop it.
@@ -49,7 +49,8 @@ class Plan:
         on_device: bool,
         captured: list[Any],
         undo: Undo,
-        places: dict[int, Place] | None = None,
+        places: dict[int, Place],
+        alone: bool,
     ) -> None:
         self._made_for = groups, states, backend, norm_group, on_device
         self._table = table
@@ -58,14 +59,6 @@ class Plan:
         table.check()
         if backend != "auto":  # it may have been changed since `Optimizer` checked it
             dispatch.resolve(backend, rule)
-        some = places is not None
-        if places is None:
-            each_place = (
-                Place(group, g, i)
-                for g, group in enumerate(groups)
-                for i in range(len(group["params"]))
-            )
-            places = dict(enumerate(each_place))
         found = [
             find(rule, place, number, table.forms[place.group_index][0], states, backend)
             for number, place in places.items()
@@ -82,7 +75,7 @@ class Plan:
                 seen[id(param.whole)] += 1
         make_states(rule, states, params, on_device, undo)
         # C++ watches the optimizer's dict of states as a whole, where other parameters come and go.
-        self._entries = [(param, states.get(param)) for param in whole] if some else []
+        self._entries = [(param, states.get(param)) for param in whole] if alone else []
         self._options = norm_options(whole)
         of_device = self._divide(rule, params, captured)
         self._native: Any = None  # there if `_devices` are
@@ -91,7 +84,7 @@ class Plan:
                 (place.group_index, place.param, self._watched(rule, param, [*of_device]))
                 for place, param in zip(places.values(), found, strict=True)
             ]
-            watched = ([{"params": whole}], {}) if some else (groups, states)
+            watched = ([{"params": whole}], {}) if alone else (groups, states)
             self._native = extension.Plan(*watched, items)
         self._wanted = self._native.wanted() if self._native else []
         self._threads = torch.get_num_threads() if self._on_host else 1

@@ -4,6 +4,7 @@ The same bits in all modes: rules/test_hashes.py and test_bits.py; here, what th
 """
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -406,3 +407,34 @@ def test_bytes_of_a_parameter():
         tensors = [param, *(v for k, v in optimizer.state[param].items() if k != "step")]
         sizes[state_dtype] = sum(t.untyped_storage().nbytes() for t in tensors) / n
     assert sizes == {FP32: 12, BF16: 8, "8bit": 6 + 2 * 4 / 256}
+
+
+@each_backend
+def test_numbering(backend):
+    """Some parameters of a model have the random numbers that they have among all."""
+    params, twins = new_params([(5, 3)] * 4, BF16), new_params([(5, 3)] * 4, BF16)
+    settings = {"master_weights": "stochastic", "state_dtype": BF16, "backend": backend}
+    take_steps(fastopt.AdamW(params, **settings), range(3))
+    set_grads(twins, 0)
+    some = fastopt.AdamW([twins[3], twins[1]], **settings, numbering=twins)
+    some.step()
+    some = deepcopy(some)
+    twins[3], twins[1] = some.param_groups[0]["params"]
+    for step in (1, 2):
+        set_grads(twins, step)
+        some.step()
+    for i in (1, 3):
+        assert_same_bits([twins[i].detach()], [params[i].detach()])
+
+
+def test_a_parameter_that_has_no_number():
+    first, second = new_params([(2,), (3,)])
+    set_grads([first, second], 0)
+    optimizer = fastopt.SGD([first, second], numbering=[first])
+    with pytest.raises(ValueError, match="parameter 1 of group 0, .* is not in numbering: give"):
+        optimizer.step()
+    assert torch.equal(first, new_params([(2,)])[0])
+    twice = fastopt.SGD([{"params": [first]}, {"params": []}], numbering=[first])
+    twice.param_groups[1]["params"].append(first)
+    with pytest.raises(ValueError, match="parameter 0 of group 1, .* stands twice"):
+        twice.step()

@@ -281,7 +281,8 @@ def test_norm_group(world, backend):
 def zero(settings, dtype):
     """Against the same optimizer in DDP's place."""
     model, other = new_model(dtype), new_model(dtype)
-    adamw = functools.partial(fastopt.AdamW, norm_group=dist.group.WORLD)
+    ranks = {"norm_group": dist.group.WORLD, "numbering": model.parameters()}
+    adamw = functools.partial(fastopt.AdamW, **ranks)
     sharded = ZeroRedundancyOptimizer(model.parameters(), adamw, **settings)
     plain = fastopt.AdamW(other.parameters(), **settings)
     for step in range(3):
@@ -300,7 +301,11 @@ def zero(settings, dtype):
             assert_same_bits(found.values(), wanted.values())
 
 
-ZERO = [(FP32, {"max_norm": 0.5}), *((BF16, {"master_weights": m}) for m in ("split", "fp32"))]
+ZERO = [
+    (FP32, {"max_norm": 0.5}),
+    *((BF16, {"master_weights": m}) for m in ("split", "fp32", "stochastic")),
+    *((BF16, {"state_dtype": states}) for states in (BF16, "8bit")),
+]
 
 
 @pytest.mark.parametrize(("dtype", "settings"), ZERO, ids=str)
