@@ -404,10 +404,10 @@ def test_another_layout(old, new, master, states, backend):
         lost = "" if exact else "exp_avg and exp_avg_sq"
         for saved in (optimizer.state_dict(), through_file(optimizer.state_dict())):
             other = make(formatted(parameters(optimizer), new), master, states, backend=backend)
-            if lost:
+            if raises := bool(lost) and old != "transposed":  # codes, which are not fp32
                 with unchanged(other), pytest.raises(ValueError, match=lost):
                     other.load_state_dict(saved)
-            other.load_state_dict(saved, lossy=bool(lost))
+            other.load_state_dict(saved, lossy=raises)
             assert_converted(other, optimizer, lost)
             if states == FP32:
                 # The arithmetic is the same; of the others, random numbers go by memory order.
