@@ -15,6 +15,7 @@ test: extension
 # Only here are the frameworks installed: without them, `make test` skips what needs them.
 test-frameworks: extension
 	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-build-isolation 'fastopt[frameworks]'
+	$(RUN) -c "import accelerate, deepspeed, lightning, peft, torchtitan, transformers"  # none skips
 	$(RUN) -m pytest -m frameworks
 
 # What C++ does, with the extension built for AddressSanitizer and UndefinedBehaviorSanitizer.

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .dynamo import untraced
 from .optimizer import Optimizer
-from .step import shards
+from .step import checks, shards
 from .step.params import Place
 from .step.plan import Plan
 
@@ -25,9 +25,14 @@ class StepInBackward:
         plans: for each parameter that of its last step, if it is good for another one.
     """
 
+    __slots__ = (
+        *("__weakref__", "_clip_each", "_handles", "_looked_for_ddp", "_optimizer", "_places"),
+        *("accumulates", "plans"),
+    )
+
     def __init__(self, optimizer: Optimizer, clip_each: bool) -> None:
         self.accumulates = False
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = optimizer
         self._clip_each = clip_each
         self._places = _places_of(optimizer)
         self.plans: dict[Tensor, Plan | None] = {}
@@ -46,9 +51,8 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         self.plans.clear()
-        optimizer = self._optimizer()
-        if optimizer is not None and optimizer.shared.in_backward is self:
-            optimizer.shared.in_backward = None
+        if self._optimizer.shared.in_backward is self:
+            self._optimizer.shared.in_backward = None
 
     def _check(self) -> None:
         for param, places in self._places.items():
@@ -76,14 +80,23 @@ class StepInBackward:
                 "clip_value"
             )
 
-    def apply(self, param: Tensor) -> None:
-        """Makes the step of a parameter whose gradient has been accumulated."""
-        optimizer = self._optimizer()
-        if optimizer is None or self.accumulates:
+    def accumulated(self, param: Tensor) -> None:
+        """Its gradient is there."""
+        if self.accumulates:
             return
         if not self._looked_for_ddp:
-            _refuse_ddp(self._places)
-            self._looked_for_ddp = True
+            self._looked_for_ddp = _refuse_ddp(self._places)
+        self._apply(param)
+
+    def apply_rest(self) -> None:
+        """What was only accumulated is clipped one by one, too."""
+        if self._clip_each:
+            for param in [*self._places]:
+                if param.grad is not None:
+                    self._apply(param)
+
+    def _apply(self, param: Tensor) -> None:
+        optimizer = self._optimizer
         plan = self.plans.pop(param, None)
         groups = optimizer.param_groups
         places = self._places.get(param)
@@ -106,7 +119,12 @@ class _Hook:
     @untraced
     def __call__(self, param: Tensor) -> None:
         if handle := self.handle():
-            handle.apply(param)
+            handle.accumulated(param)
+        else:
+            checks.warn_once(
+                "the optimizer of step_in_backward is no more, so gradients add up and no step is "
+                "made in backward: keep the optimizer, or the handle"
+            )
 
 
 def _places_of(optimizer: Optimizer) -> dict[Tensor, dict[int, Place]]:
@@ -127,19 +145,30 @@ def _stands(param: Tensor, place: Place, groups: list[dict[str, Any]]) -> bool:
     )
 
 
-def _refuse_ddp(params: dict[Tensor, Any]) -> None:
-    """DDP leaves no mark on its parameters: all objects alive are looked through, once."""
+def _refuse_ddp(params: dict[Tensor, Any]) -> bool:
+    """DDP leaves no mark on its parameters: all objects alive are looked through, once.
+
+    Returns:
+        whether there can be DDP at all.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for each in gc.get_objects():
-        if issubclass(type(each), DistributedDataParallel) and any(
-            param in params for param in each.parameters()
-        ):
-            raise RuntimeError(
-                "step_in_backward would apply gradients before DistributedDataParallel has "
-                "averaged them, and would free no memory, because DDP keeps them in its buckets: "
-                "use fully_shard (FSDP2), or the optimizer's own step"
-            )
+        return False
+    if frozen := gc.get_freeze_count():  # else they are not listed
+        gc.unfreeze()
+    found = any(
+        issubclass(type(each), DistributedDataParallel)
+        and any(param in params for param in each.parameters())
+        for each in gc.get_objects()
+    )
+    if frozen:
+        gc.freeze()
+    if found:
+        raise RuntimeError(
+            "step_in_backward would apply gradients before DistributedDataParallel has averaged "
+            "them, and would free no memory, because DDP keeps them in its buckets: use "
+            "fully_shard (FSDP2), or the optimizer's own step"
+        )
+    return True
 
 
 @untraced
@@ -150,8 +179,9 @@ def step_in_backward(optimizer: Optimizer, clip_each: bool = False) -> StepInBac
     training loop as it is: ``loss.backward(); optimizer.step(); scheduler.step()``. Only some of
     the gradients are in memory at one time. Param groups, schedulers and state dicts are the
     optimizer's, as without this, and the bits are those of an ordinary step. Its ``step`` finds
-    only the gradients of parameters that were frozen or not yet there when this was called, and
-    updates these; step hooks run there. This ends with the optimizer's life.
+    only the gradients of parameters that were frozen or not yet there when this was called, or that
+    were only accumulated, and updates these; step hooks run there. This ends with the life of both
+    the optimizer and the handle.
 
     - Gradients are accumulated over several backward passes by ``handle.accumulates = True`` before
       all but the last one (which costs their memory), or, with FSDP2, by
@@ -160,7 +190,8 @@ def step_in_backward(optimizer: Optimizer, clip_each: bool = False) -> StepInBac
       one and those after it have not. Call ``zero_grad()`` before you go on; FSDP2 cannot go on
       after any error in backward.
     - A `torch.amp.GradScaler` cannot be used: a later gradient may overflow when the first ones
-      have been applied. ``scaler.step(optimizer)`` raises.
+      have been applied. ``scaler.step(optimizer)`` raises, but only after a backward pass that has
+      applied scaled gradients.
     - A parameter that is part of several reentrant checkpoints is accumulated, and so updated, once
       for each: use ``use_reentrant=False``.
 
@@ -176,9 +207,11 @@ def step_in_backward(optimizer: Optimizer, clip_each: bool = False) -> StepInBac
     Raises:
         TypeError: this is no optimizer of fastopt's.
         ValueError: a group has a ``max_norm``, without ``clip_each``: the norm of all gradients is
-            known only after the last one. Raised in backward if it is set later.
+            known only after the last one. Raised in backward if it is set later. Or the other way
+            round: ``clip_each`` without any ``max_norm``.
         RuntimeError: a parameter makes its steps in backward already, or belongs to FSDP1; or, in
-            the first backward, to `DistributedDataParallel`.
+            the first backward, to `DistributedDataParallel`. A model that is wrapped later is not
+            noticed.
 
     Source: Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited
     Resources" (LOMO); torch's tutorial "How to save memory by fusing the optimizer step into the
@@ -186,4 +219,6 @@ def step_in_backward(optimizer: Optimizer, clip_each: bool = False) -> StepInBac
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"step_in_backward takes an optimizer of fastopt, not {type(optimizer)}")
+    if clip_each and all(group["max_norm"] is None for group in optimizer.param_groups):
+        raise ValueError("clip_each=True clips to a group's max_norm, and no group has one: set it")
     return StepInBackward(optimizer.shared.optimizer() or optimizer, clip_each)

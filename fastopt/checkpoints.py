@@ -16,7 +16,7 @@ from .step.params import Place
 
 
 def scripts(rule: Rule) -> tuple[str, ...]:
-    """The settings that are the script's: no state dict has them, and one that does is not asked.
+    """The settings that are the script's: state dicts leave them out, and ignore them on loading.
 
     They are those that torch lacks. `torch.distributed.checkpoint` requires of a checkpoint every
     key that `state_dict` returns, and one of torch must do.
@@ -32,18 +32,26 @@ _TORCHS = {
 
 
 class ParamGroup(Group):
-    """A param group. To iterate over it leaves out what state dicts leave out.
+    """A param group. Iterating over it skips the settings that state dicts skip.
 
     Required by ``StateDictOptions(flatten_optimizer_state_dict=True)``, which looks for each key
-    that it meets so in the state dict. `keys`, `items` and all else have every setting.
+    that it meets so in the state dict. `keys`, `items`, `dict` and all else have every setting.
+    Copies and pickles are plain dicts.
     """
 
-    def __init__(self, group: Group, rule: Rule) -> None:
-        super().__init__(group)
-        self.left_out = scripts(rule)
+    left_out: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, group: Group, rule: Rule) -> ParamGroup:
+        made = cls(group)
+        made.left_out = scripts(rule)
+        return made
 
     def __iter__(self) -> Iterator[str]:
         return (key for key in self.keys() if key not in self.left_out)
+
+    def __reduce__(self) -> Any:
+        return dict, ([*self.items()],)
 
 
 class _Saved:
@@ -195,7 +203,7 @@ def prepare(
     groups, kept = list(state_dict["param_groups"]), scripts(rule)
     if [len(saved["params"]) for saved in groups] == [len(own["params"]) for own in own_groups]:
         groups = [
-            ParamGroup({**own, "params": None, **saved, **{k: own[k] for k in kept}}, rule)
+            ParamGroup.of({**own, "params": None, **saved, **{k: own[k] for k in kept}}, rule)
             for own, saved in zip(own_groups, groups, strict=True)
         ]
         _check(rule, own_groups, names, known, groups, state_dict["state"])
@@ -266,7 +274,6 @@ def convert(
                         f"{where} has a state {name!r} on the meta device, without data: load a "
                         "state dict with data"
                     )
-            state.update(precision.with_rows_of_scales(rule, param, state))
             shards.check_state(param, state, precision.keys(rule.states), where)
             forms = precision.kept(rule, group, here, names, where, param)
             shards.piece(param, forms, where)

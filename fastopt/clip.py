@@ -67,7 +67,7 @@ def clip_grad_norm_(
     As `torch.nn.utils.clip_grad_norm_`. Gradients that are within it already are not written.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are passed over. Of DTensors, all ranks give the same.
         max_norm: the gradients are multiplied by min(1, max_norm / (norm + 1e-6)), and by 1 where
             it is infinite.
 
@@ -82,7 +82,8 @@ def clip_grad_norm_(
             "method clip_grad_norm_"
         )
     grads = _grads(parameters)
-    work = _divide(grads, "gradient", in_place=True)
+    every = [param if param.grad is None else param.grad for param in parameters]
+    work = _divide(grads, "gradient", in_place=True, every=every)
     norm = _total_norm(work, norm_type, error_if_nonfinite)
     for backend in work.backends:
         backend.clip(norm, bound)
@@ -120,19 +121,27 @@ class _Work(NamedTuple):
     exchange: shards.Exchange | None
 
 
-def _divide(grads: list[Tensor], what: str, in_place: bool = False) -> _Work:
+def _divide(
+    grads: list[Tensor], what: str, in_place: bool = False, every: list[Tensor] | None = None
+) -> _Work:
     """
+    Args:
+        every: those, and what stands for gradients that other ranks may have.
 
     Raises:
         RuntimeError: one cannot be used; ``what`` it is called there.
         TypeError: one is no tensor.
     """
     asked = dispatch.resolve("auto")
-    if dispatch.extension() and asked in ("auto", "cpp"):
+    every = grads if every is None else every
+    elsewhere = len(every) > len(grads) and any(map(shards.is_shard, every))
+    if dispatch.extension() and asked in ("auto", "cpp") and not elsewhere:
         plain = Cpp.of_plain(grads)
         if plain is not None:  # the common case: nothing need be looked at in Python
             return _Work([plain], [0], None) if grads else _Work([], [], None)
-    exchange = shards.Exchange(grads)
+    exchange = shards.Exchange(every)
+    here = set(map(id, grads))
+    classes = [k for x, k in zip(every, exchange.classes, strict=True) if id(x) in here]
     groups: dict[tuple[str, torch.device, int], list[Tensor]] = {}
     for i, grad in enumerate(map(shards.local, grads)):
         if not isinstance(grad, Tensor):
@@ -145,7 +154,7 @@ def _divide(grads: list[Tensor], what: str, in_place: bool = False) -> _Work:
                 "cannot be clipped in place: clone it"
             )
         backend = dispatch.backend_for([grad], asked, where)
-        groups.setdefault((backend, grad.device, exchange.classes[i]), []).append(grad)
+        groups.setdefault((backend, grad.device, classes[i]), []).append(grad)
     return _Work(
         [_BACKENDS[backend].of_grads(members) for (backend, *_), members in groups.items()],
         [norm_class for *_, norm_class in groups],
@@ -166,7 +175,8 @@ def _total_norm(work: _Work, norm_type: float, error_if_nonfinite: bool) -> Tens
     if not order > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     sums = [backend.power_sum(order) for backend in work.backends]
-    sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
+    if work.exchange is None:
+        sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
     add = torch.Tensor.amax if order == math.inf else torch.Tensor.sum  # NaN wins
     if work.exchange is None:
         total = add(torch.stack([moved(s, sums[0].device) for s in sums]))

@@ -319,6 +319,8 @@ class Optimizer(torch.optim.Optimizer):
         if sum_of_squares is not None:
             sum_of_squares = checks.as_sum_of_squares(sum_of_squares)
         with self._lock:
+            if self.shared.in_backward is not None:
+                self.shared.in_backward.apply_rest()
             # Gone until the step is made: a plan that raised may be stale.
             plan, self._plan = self._plan, None
             self.shared.grad_norm, self._plan = self._step(plan, None, sum_of_squares)
@@ -431,7 +433,7 @@ class Optimizer(torch.optim.Optimizer):
                 may_wait=True,
             )
             settings.warn_of_typos(param_group, self.defaults, type(self).__name__)
-            param_group = checkpoints.ParamGroup(param_group, self.rule)
+            param_group = checkpoints.ParamGroup.of(param_group, self.rule)
         with self._lock:
             super().add_param_group(param_group)
             if self.rule.from_the_start:
@@ -564,7 +566,9 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = self._table = None
         if self.shared.in_backward is not None:
             self.shared.in_backward.plans.clear()
-        for group in self.param_groups:
+        for g, group in enumerate(self.param_groups):
+            if not isinstance(group, checkpoints.ParamGroup):  # of a copy, or a pickle
+                self.param_groups[g] = group = checkpoints.ParamGroup.of(group, self.rule)
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
         checkpoints.restore(self.rule, self.param_groups, self.state)

@@ -302,7 +302,9 @@ class Stored:
     @property
     def block(self) -> int:
         """How many elements of ``a`` share one of ``b``."""
-        return self.a.numel() // self.b.numel() if self.b is not None and self.b.numel() else 1
+        return (
+            max(self.a.numel() // self.b.numel(), 1) if self.b is not None and self.b.numel() else 1
+        )
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers in the type of the arithmetic."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .packing import (
-    CODE_BLOCK,
     DTYPES,
     MIN_CODE_BLOCK,
     PACKINGS,
@@ -230,11 +229,12 @@ def check(param: Tensor, state: State, rule: Rule, forms: list[Kept], where: obj
 def are_there(param: Tensor, state: State, forms: list[Kept]) -> bool:
     """Whether a parameter's state has all that ``forms`` call for, as kernels need it."""
     return all(
-        _is_in_place(form, param, state)
+        _is_there(form, state)
         and all(
             checks.fits(param, state[key], shape, dtypes)
             for key, (shape, dtypes) in _specs(form, param, state).items()
         )
+        and _is_in_place(form, param, state)
         and (form is not _SPLIT or _sums(param, state["param_remainder"]) is not None)
         for form in forms
     )
@@ -351,24 +351,6 @@ def superseded(rule: Rule, param: Tensor, state: State, forms: list[Kept]) -> li
         if any(_is_there(other, state) for other in _other_forms(rule, form, param))
         for key in form.keys
     ]
-
-
-def with_rows_of_scales(rule: Rule, param: Tensor, state: State) -> State:
-    """The scales of a state saved before they had rows, when there was one for each `CODE_BLOCK`
-    elements in memory: the same numbers, for the blocks of now."""
-    found = {}
-    for name in rule.states:
-        codes, scale = (state.get(key) for key in coded_keys(name))
-        if (
-            checks.fits(param, codes, tuple(param.shape), (torch.uint8,))
-            and isinstance(scale, Tensor)
-            and scale.shape == (math.ceil(param.numel() / CODE_BLOCK),)
-            and param.ndim
-        ):
-            block = math.gcd(math.prod(param.shape[1:]), CODE_BLOCK)
-            several = scale.repeat_interleave(CODE_BLOCK // block)[: param.numel() // block]
-            found[coded_keys(name)[1]] = several.view(param.shape[0], -1)
-    return found
 
 
 def _loses_master(form: Kept, param: Tensor, state: State) -> bool:

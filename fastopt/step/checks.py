@@ -98,13 +98,14 @@ def as_sum_of_squares(given: object) -> Tensor:
     """
     if isinstance(given, Tensor):
         fits = given.numel() == 1 and given.is_floating_point() and not is_wrapper(given)
+        fits &= given.layout == torch.strided and not given.is_meta
         number = given.detach().double().reshape(1) if fits else None
     else:
-        fits = isinstance(given, (int, float))
+        fits = isinstance(given, float)  # sum([]) is no float: no gradient was seen
         number = torch.tensor([given], dtype=torch.float64, device="cpu") if fits else None
     if number is None:
         raise TypeError(
-            f"sum_of_squares is {short(given)}: give one number, or a plain tensor of one"
+            f"sum_of_squares is {short(given)}: give a float, or a plain tensor of one number"
         )
     if number.device.type == "cpu" and number < 0:
         raise ValueError(f"sum_of_squares is negative: {short(given)}")

@@ -123,9 +123,10 @@ def piece(param: Tensor, forms: Iterable[Kept], where: object) -> Piece:
     if found is None:
         blocks = f", or has parts of blocks of {block} elements" if block else ""
         raise ValueError(
-            f"{where} is {_kind(param)}, of which a rank has too scattered elements for the random "
-            f"numbers of one process{blocks}: use no stochastic rounding (master_weights="
-            "'stochastic', state_dtype=torch.bfloat16 or '8bit'), or shard dimension 0"
+            f"{where} is {_kind(param)}, of which a rank has elements too scattered for the random "
+            f"numbers of one process, or in another order{blocks}: use no stochastic rounding "
+            "(master_weights='stochastic', state_dtype=torch.bfloat16 or '8bit'), or shard "
+            "dimension 0 of a contiguous tensor"
         )
     return found
 
@@ -136,12 +137,22 @@ def _piece(param: Any, block: int) -> Piece | None:
 
     shape, mesh, placements = param.shape, param.device_mesh, param.placements
     parts: dict[int, int] = {}  # of the dimensions that are cut
-    for placement, ranks in zip(placements, mesh.shape, strict=True):
-        if not placement.is_replicate() and ranks > 1:
+    for placement, ranks in reversed([*zip(placements, mesh.shape, strict=True)]):
+        if placement.is_replicate():
+            continue
+        if block and placement.dim > 1:  # which the scales lack
+            return None
+        # A _StridedShard is cut as if those after it had been before.
+        if ranks > 1 and getattr(placement, "split_factor", 1) not in (1, parts.get(placement.dim)):
+            return None
+        if ranks > 1:
             parts[placement.dim] = parts.get(placement.dim, 1) * ranks
+    order, part = memory_order(param), local(param)
+    known = [d for d in order if part.shape[d] > 1]
+    if part.numel() and known != sorted(known, key=part.stride, reverse=True):
+        return None  # the elements here are in another order
     if not parts:
         return WHOLE
-    order = memory_order(param)
 
     def size(dims: Iterable[int]) -> int:
         return math.prod(shape[d] for d in dims)
@@ -155,11 +166,11 @@ def _piece(param: Any, block: int) -> Piece | None:
             return None
         if size(range(1, len(shape))) // parts[1] % block:
             return None
-    local, begin = compute_local_shape_and_global_offset(shape, mesh, placements)
+    _, begin = compute_local_shape_and_global_offset(shape, mesh, placements)
     offset = sum(begin[d] * size(order[order.index(d) + 1 :]) for d in parts)
     if size(order[:i]) == 1:
         return Piece(offset)
-    return Piece(offset, math.prod(local[d] for d in order[i:]), size(order[i:]))
+    return Piece(offset, math.prod(part.shape[d] for d in order[i:]), size(order[i:]))
 
 
 class _Sum(NamedTuple):
@@ -286,8 +297,11 @@ class Exchange:
             try:
                 group = _group(span, self._groups.get(span))
                 _gather(there, here, group)
-                if there.device.type == "cpu":  # the host does not wait for a GPU
-                    unlike = {*there[len(here) - 1 :: len(here)].tolist()} != {mark}
+                marks = there[len(here) - 1 :: len(here)]
+                if there.device.type == "cpu":
+                    unlike = {*marks.tolist()} != {mark}
+                else:  # the host does not wait to raise: the norm is NaN
+                    there = torch.where((marks == mark).all(), there, math.nan)
             except (RuntimeError, ValueError) as error:
                 raise _not_exchanged(span) from error
             if unlike:
@@ -306,8 +320,7 @@ def _width(n: int) -> int:
 def _not_exchanged(span: tuple[int, ...]) -> RuntimeError:
     return RuntimeError(
         f"the norm of the gradients could not be exchanged between the ranks {span}: each of them "
-        "must make this step, with the same parameters in the same order, the same meshes and "
-        "max_norm"
+        "must take part, with the same parameters in the same order, the same meshes and max_norm"
     )
 
 

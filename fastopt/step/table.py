@@ -21,6 +21,7 @@ from ..rule import HEAD, MAX_NORM, UNCLIPPED_COEF, Group, Rule, head
 from .devices import is_on_device, moved
 
 _MISSING: Any = object()
+_UNSEEN = object()
 
 Row = tuple[float, ...]
 
@@ -102,7 +103,7 @@ class Table:
         self._groups: dict[int, Group] = {}
         self._mutable: dict[int, list[str]] = {}  # of each of `_groups`
         for g in first.values():
-            old: Iterable[Any] = repeat(_MISSING)
+            old: Iterable[Any] = repeat(_UNSEEN)
             mutable: list[str] = []
             if last and g < len(checked):
                 old, mutable = checked[g], last._mutable[last._like[g]]

@@ -46,8 +46,6 @@ from saved_runs import (
 )
 
 import fastopt
-from fastopt import precision
-from fastopt.packing import Stored, in_memory_order
 
 #: Of a dtype, (master_weights, state_dtype).
 MODES_OF = {dtype: list(itertools.product(MASTERS[dtype], STATE_DTYPES)) for dtype in MASTERS}
@@ -418,39 +416,6 @@ def test_another_layout(old, new, master, states, backend):
                 assert all(param.isfinite().all() for param in take_steps(other, [4, 5]))
             (wanted,) = formatted(parameters(optimizer), new)
             assert parameters(other)[0].stride() == wanted.stride()
-
-
-@each_backend
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_scales_that_have_no_rows(layout, backend):
-    """State dicts of a time when 256 elements in memory had a scale: the same numbers."""
-    shapes = [(9, 32, 4, 4), (65, 32, 2, 1), (7, 100, 3, 3), (5,), (300,)]
-    params = [FORMATS[layout](x) if x.ndim == 4 else x for x in new_params(shapes)]
-    optimizer = make([param.detach().requires_grad_() for param in params])
-    take_steps(optimizer, range(4))
-    saved, numbers = optimizer.state_dict(), {}
-    for i, param in enumerate(params):
-        state = saved["state"][i]
-        for name, packing in (("exp_avg", "codes"), ("exp_avg_sq", "unsigned_codes")):
-            x = in_memory_order(state.pop(name))
-            blocks = torch.nn.functional.pad(x, (0, -len(x) % 256)).view(-1, 256)
-            stored = Stored(
-                torch.empty_like(blocks, dtype=torch.uint8), packing, torch.empty(len(blocks), 1)
-            )
-            stored.pack_(blocks, lambda x: torch.full_like(x, 0x80008000, dtype=torch.int64))
-            codes = torch.empty_like(param, dtype=torch.uint8)
-            in_memory_order(codes).copy_(stored.a.view(-1)[: len(x)])
-            state.update({f"{name}_codes": codes, f"{name}_scale": stored.b.view(-1)})
-            numbers[i, name] = stored.unpack(FP32).view(-1)[: len(x)]
-    saved["param_groups"][0]["state_dtype"] = "8bit"
-    other = make(clones(params), states="8bit", backend=backend)
-    other.load_state_dict(saved)
-    for (i, name), wanted in numbers.items():
-        state = other.state[parameters(other)[i]]
-        assert (f"{name}_codes" in state) == (i in (0, 1))
-        found = precision.plain(other.rule, parameters(other)[i], state, (name,))[name]
-        assert_same_bits([in_memory_order(found)], [wanted])
-    take_steps(other, [4])
 
 
 # --- State dicts that are not what they were -----------------------------------------------------

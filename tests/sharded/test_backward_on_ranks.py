@@ -1,5 +1,7 @@
 """`step_in_backward` under FSDP2, HSDP and tensor parallelism, and where it is refused: DDP."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -106,12 +108,15 @@ def ddp(wrapped_first):
     if not wrapped_first:
         fastopt.step_in_backward(optimizer)
     wrapped = DistributedDataParallel(model)
+    gc.freeze()  # as some do before they train: frozen objects are not listed
     if wrapped_first:
         fastopt.step_in_backward(optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match="before DistributedDataParallel has averaged them"):
         wrapped(torch.ones(2, 5)).sum().backward()
     assert_same_bits(model.parameters(), before)
+    assert gc.get_freeze_count()
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("wrapped_first", [False, True])

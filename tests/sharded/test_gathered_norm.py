@@ -69,7 +69,7 @@ def fsdp():
         for mine, its in zip(model, params_of(other), strict=True):
             assert_same_bits([whole(mine)], [its])
     partial = model[0].grad.square().sum()
-    with pytest.raises(TypeError, match="sum_of_squares is DTensor.*: give one number"):
+    with pytest.raises(TypeError, match="sum_of_squares is DTensor.*: give a float"):
         optimizer.step(sum_of_squares=partial)
     assert partial.full_tensor().dtype == FP32
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import BF16, FP32, assert_same_bits
+from helpers import BF16, FP16, FP32, assert_same_bits
 from ranks import DIED, run, run_apart
 from test_shards import whole
 from test_training import new_model, sharded_model
@@ -24,7 +24,7 @@ import fastopt
 
 
 def save(folder, kind, dtype, settings):
-    model = sharded_model(kind, dist.get_world_size(), dtype)
+    model = sharded_model(kind, dist.get_world_size(), dtype) if kind else new_model(dtype)
     optimizer = fastopt.AdamW(model.parameters(), **settings)
     steps(model, optimizer, range(3), dtype)
     dcp.save(state_of(model, optimizer), checkpoint_id=folder)
@@ -71,6 +71,8 @@ RESHARDED = [
     *((BF16, {"master_weights": master}) for master in ("split", "fp32", "stochastic")),
     (BF16, {"state_dtype": BF16}),
     (BF16, {"state_dtype": "8bit"}),
+    (FP16, {}),
+    *((FP32, {"state_dtype": states}) for states in (BF16, "8bit")),
 ]
 
 
@@ -80,6 +82,8 @@ def test_saved_on_two_ranks_loaded_on_others(tmp_path, dtype, settings):
     run(2, save, tmp_path, "fsdp", dtype, settings)
     for world, kind in ((3, "fsdp"), (4, "fsdp x tp"), (1, "fsdp"), (1, "")):
         run(world, load, tmp_path, kind, dtype, settings)
+    run(1, save, tmp_path / "whole", "", dtype, settings)
+    run(2, load, tmp_path / "whole", "fsdp", dtype, settings)
 
 
 def from_one_to_the_other(folder, source, target, options):

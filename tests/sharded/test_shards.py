@@ -197,18 +197,20 @@ def pieces(shape, placements):
     mesh = init_device_mesh("cpu", shape)
     for size in [(8, 3, 4), (7, 2, 3), (5, 1, 6), (3, 4, 2), (1, 6, 3), (1, 1, 8)]:
         whole = torch.arange(math.prod(size)).view(size)
-        # torch makes copies contiguous.
-        for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2)][: 1 if R in placements else 3]:
+        for order in [(0, 1, 2), (0, 2, 1), (1, 0, 2)]:
             shard = distribute_tensor(whole.permute(order), mesh, placements, src_data_rank=None)
             part = in_memory_order(shards.local(shard))
             found = shards._piece(shard, 0)
+            if found is None and R in placements:  # torch makes copies contiguous
+                assert order != (0, 1, 2)
+                continue
             if found is None:  # two dimensions are cut, neither of which is the outermost
                 assert len({*placements} - {R}) == 2
                 assert size[0] > 1
                 assert order == (1, 0, 2) or S2 in placements
                 param = torch.nn.Parameter(shard.float())
                 param.grad = param.detach().clone()
-                with pytest.raises(ValueError, match="parameter 0 .* too scattered .*: use no"):
+                with pytest.raises(ValueError, match="parameter 0 .* too scattered .*: use"):
                     fastopt.AdamW([param], state_dtype=BF16).step()
                 continue
             offset, run, stride = found

@@ -12,9 +12,12 @@ from helpers import BF16, FP32, assert_near_torch, assert_same_bits
 from ranks import run
 from test_shards import params_of, whole
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
@@ -148,6 +151,31 @@ def test_collectives(kind, world):
         assert found == [{}, {}, *[{"_allgather_base_": 1}] * 2]
 
 
+def collectives_on_several_meshes():
+    """Side by side, without one of all ranks; of a step and of the free functions."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    params = [
+        torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh[name], [Shard(0)]))
+        for name in ("dp", "tp", "dp", "tp")
+    ]
+    optimizer = fastopt.AdamW(params, max_norm=1.0)
+    found = []
+    calls = optimizer.step, functools.partial(fastopt.clip_grad_norm_, params, 1.0)
+    for call in (*calls, lambda: fastopt.get_total_norm([param.grad for param in params])):
+        for param in params:
+            param.grad = param.detach().clone()
+        with Collectives() as collectives:
+            call()
+        found.append(dict(collectives.counted))
+    return found
+
+
+def test_collectives_on_several_meshes():
+    """One for each."""
+    for found in run(4, collectives_on_several_meshes):
+        assert found == [{"_allgather_base_": 2}] * 3
+
+
 def missing_gradients(max_norm):
     """Rank 1 has none at all; it takes part in the norm all the same."""
     model = sharded_model("fsdp", 2)
@@ -163,6 +191,29 @@ def missing_gradients(max_norm):
         for param, old in zip(model.parameters(), before, strict=True)
     ]
     return mine.sqrt().item(), optimizer.grad_norm.item(), any(same)
+
+
+def clip_without_gradients(missing):
+    """Rank 1 lacks some or all of them."""
+    model = sharded_model("fsdp", 2)
+    backward(model, 0)
+    params = [*model.parameters()]
+    if dist.get_rank() == 1:
+        for param in params[:missing]:
+            param.grad = None
+    mine = sum(p.grad._local_tensor.double().square().sum() for p in params if p.grad is not None)
+    norm = fastopt.clip_grad_norm_(params, 0.5)
+    after = [p.grad._local_tensor.double().square().sum() for p in params if p.grad is not None]
+    return float(mine), float(norm), float(sum(after))
+
+
+@pytest.mark.parametrize("missing", [1, 6])
+def test_clipping_on_a_rank_without_gradients(missing):
+    found = run(2, clip_without_gradients, missing)
+    squares, norms, after = map(list, zip(*found, strict=True))
+    assert norms == [pytest.approx(math.sqrt(sum(squares)), rel=1e-6)] * 2
+    assert norms[0] == norms[1]
+    assert math.sqrt(sum(after)) == pytest.approx(0.5, rel=1e-5)
 
 
 def test_a_rank_without_gradients():
@@ -191,7 +242,9 @@ def scaled(scaler_class, settings, faulty):
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_norm": 1.0}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, fastopt.GradScaler])
+@pytest.mark.parametrize(
+    "scaler_class", [torch.amp.GradScaler, fastopt.GradScaler, ShardedGradScaler]
+)
 def test_an_overflow_on_one_rank(scaler_class, settings):
     """All skip that step."""
     for found in run(2, scaled, scaler_class, settings, (1,)):
@@ -316,7 +369,7 @@ def test_zero(dtype, settings):
 def test_fsdp1():
     """Its parameters, which need an accelerator, have a mark."""
     param = torch.nn.Parameter(torch.ones(3))
-    param._fsdp_flattened = True
+    _set_fsdp_flattened(param)
     param.grad = torch.ones(3)
     optimizer = fastopt.AdamW([param], max_norm=0.5)
     for max_norm in (0.5, None, 0.5):
@@ -409,6 +462,15 @@ def refused():
     across.grad = across.detach().clone()
     with pytest.raises(ValueError, match="parameter 0 .*is a DTensor .* parts of blocks of 32 .*:"):
         fastopt.AdamW([across], state_dtype="8bit").step()
+    one = init_device_mesh("cpu", (2, 1))
+    deep = distribute_tensor(torch.ones(8, 32, 32), one, [Shard(0), Shard(2)])
+    odd = distribute_tensor(torch.ones(16, 512), mesh, [_StridedShard(1, split_factor=2)])
+    turned = distribute_tensor(torch.ones(64, 96).t(), mesh, [Replicate()])
+    for tensor, settings in ((deep, "8bit"), (odd, "8bit"), (odd, BF16), (turned, BF16)):
+        param = torch.nn.Parameter(tensor)
+        param.grad = param.detach().clone()
+        with pytest.raises(ValueError, match="parameter 0 .*is a DTensor .* too scattered"):
+            fastopt.AdamW([param], state_dtype=settings).step()
     saved = fastopt.AdamW([across])
     saved.step()
     other = torch.nn.Parameter(torch.ones(40, 7 * 32))

@@ -53,6 +53,7 @@ from textbook import (
 )
 
 import fastopt
+from fastopt.checkpoints import scripts
 from fastopt.packing import Stored, memory_order, param_of
 
 #: For each dtype of parameters, pairs of master_weights and state_dtype.
@@ -808,7 +809,7 @@ class Life(RuleBasedStateMachine):
             c |= {"max_norm": max_norm} | (self.modes_for(mode, c, dtypes) if another_mode else {})
         for side, state_dict in zip(self.sides, saved[:: -1 if swapped else 1], strict=True):
             groups = [
-                {"params": group["params"], **{k: c[k] for k in KEPT}}
+                {"params": group["params"], **{k: c[k] for k in scripts(self.cls.rule)}}
                 for group, c in zip(side.optimizer.param_groups, self.settings, strict=True)
             ]
             side.optimizer = self.cls(groups, lr=1.0, backend=side.optimizer.backend)

@@ -226,6 +226,29 @@ DTYPES = dict.fromkeys((BF16, "bfloat16", "torch.bfloat16"), BF16)
 DTYPES |= dict.fromkeys((FP32, "float32", "torch.float32"), FP32)
 
 
+@pytest.mark.parametrize("name", ["lr", "max_norm", "state_dtype"])
+def test_a_group_that_lacks_a_setting(name):
+    """As one that was not added by add_param_group, or is a copy made by iterating."""
+    params = new_params([(3,)])
+    optimizer = fastopt.AdamW(params)
+    set_grads(params, 0)
+    del optimizer.param_groups[0][name]
+    with pytest.raises(ValueError, match=f"param group 0 has no '{name}': add"):
+        optimizer.step()
+
+
+def test_copies_of_a_group():
+    """All but iteration, which skips what torch's optimizers lack, gives every setting."""
+    (group,) = fastopt.SGD(new_params([(3,)]), max_norm=1.0).param_groups
+    assert "max_norm" not in [*group]
+    for other in (
+        *(copy.copy(group), copy.deepcopy(group), pickle.loads(pickle.dumps(group))),
+        *({**group}, dict(group), group | {}, type(group)(group)),
+    ):
+        assert other["max_norm"] == 1.0
+        assert other.keys() == group.keys()
+
+
 @pytest.mark.parametrize("word", DTYPES)
 def test_words_for_state_dtypes(word):
     def new(state_dtype):

@@ -30,6 +30,7 @@ from rules.runs import FLAGS, finish
 from torch.optim.lr_scheduler import StepLR
 
 import fastopt
+from fastopt.step import checks
 
 pytestmark = masked_out
 SHAPES = [(7, 5), (300,), (), (0,), (3, 2)]
@@ -109,7 +110,44 @@ def test_clip_each(backend):
     assert_same_bits(parameters(other), [p for optimizer in each for p in parameters(optimizer)])
 
 
+@each_kind
+def test_clip_each_of_what_was_only_accumulated(backend):
+    """The optimizer's step clips that one by one, too."""
+    params = new_params([(3,)] * 3)
+    optimizer = fastopt.SGD(params, lr=1.0, max_norm=1.0, backend=backend)
+    handle = fastopt.step_in_backward(optimizer, clip_each=True)
+    before = [param.detach().clone() for param in params]
+    handle.accumulates = True
+    sum(100 * param.sum() for param in params).backward()
+    handle.accumulates = False
+    (100 * params[0].sum()).backward()
+    optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close((param - old).norm(), torch.tensor(1.0))
+
+
 # Which parameters, and when
+
+
+def test_the_handle_keeps_the_optimizer():
+    (param,) = new_params([(3,)])
+    handle = fastopt.step_in_backward(fastopt.SGD([param], lr=1.0))
+    gc.collect()
+    param.sum().backward()
+    assert param.grad is None
+    with pytest.raises(AttributeError):
+        handle.accumulate = True
+    del handle
+    gc.collect()
+    checks.warn_once.cache_clear()
+    with pytest.warns(match="optimizer of step_in_backward is no more"):
+        param.sum().backward()
+    assert param.grad is not None
+
+
+def test_clip_each_needs_a_bound():
+    with pytest.raises(ValueError, match="no group has one: set it"):
+        fastopt.step_in_backward(fastopt.SGD(new_params([(3,)])), clip_each=True)
 
 
 def test_one_gradient_at_a_time():
@@ -222,8 +260,11 @@ def test_memory_is_given_back():
     train(optimizer, range(2))
     (param,) = parameters(optimizer)
     optimizer = weakref.ref(optimizer)
+    gc.collect()
     assert optimizer() is None
-    loss_of([param], 0).backward()  # as any other parameter
+    checks.warn_once.cache_clear()
+    with pytest.warns(match="no more"):
+        loss_of([param], 0).backward()  # as any other parameter
     fastopt.step_in_backward(fastopt.SGD([param]))
     param = weakref.ref(param)
     gc.collect()
@@ -282,7 +323,6 @@ def test_ways_of_backward(way):
 
 def test_threads():
     """Two at once, on models that share an optimizer but no parameter."""
-    halves = new_params([(300,)] * 20), new_params([(300,)] * 20)
     plain, other = two(fastopt.AdamW, shapes=[(300,)] * 40)
     fastopt.step_in_backward(other)
     for step in range(5):
