@@ -111,9 +111,10 @@ class Tolerance(NamedTuple):
 TOLERANCES = (
     {column: Tolerance(0.005, 0.02) for column in ISAS}
     | {
-        "instructions/tensor": Tolerance(0.03, 0),
-        # Where things are in memory moves a step by up to 11,200, however short it is.
-        "instructions/step": Tolerance(0.05, 12000),
+        # 1,410 and 1,358 for the same code, by what else ran in the process.
+        "instructions/tensor": Tolerance(0.04, 0),
+        # Where things are in memory moves a step by up to 15,200, however short it is.
+        "instructions/step": Tolerance(0.05, 16000),
         "malloc/tensor": Tolerance(0, 0.05),
         "malloc/step": Tolerance(0, 2),
         "objects/tensor": Tolerance(0, 0.05),
@@ -433,7 +434,6 @@ def count(which: str, *titles: str) -> None:
         count_host(counting, list(product(chosen[-1:], ours(FP32))), dtensors=True)
     if REFERENCE in titles:
         count_host(counting, [(rule, fused) for rule in chosen])
-        count_host(counting, [(rule, fused) for rule in chosen[-1:]], dtensors=True)
     if KERNELS in titles:
         count_kernels(counting, which)
 

@@ -23,7 +23,7 @@ from fastopt.step import shards
 
 UNLIKE = (
     "the norm of the gradients could not be exchanged between the ranks (0, 1): each of them must "
-    "make this step, with the same parameters in the same order, the same meshes and max_norm"
+    "take part, with the same parameters in the same order, the same meshes and max_norm"
 )
 
 
