@@ -56,9 +56,12 @@ class GradScaler(torch.amp.GradScaler):
             return super()._check_inf_per_device(optimizer)
         # Filled by the step; torch reads it now, when it is empty, and in `update`.
         findings: dict[Any, Any] = {}
-        # A rank without gradients takes part in the norm that others wait for.
-        is_shared = optimizer.norm_group is not None or any(map(shards.is_shard, params))
-        if is_shared or any(param.grad is not None for param in params):
+        if (
+            any(param.grad is not None for param in params)
+            # A rank without gradients takes part in the norm that others wait for.
+            or optimizer.norm_group is not None
+            or any(map(shards.is_shard, params))
+        ):
             optimizer.shared.findings = findings
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = findings
         return findings

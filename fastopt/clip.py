@@ -175,10 +175,9 @@ def _total_norm(work: _Work, norm_type: float, error_if_nonfinite: bool) -> Tens
     if not order > 0:
         raise ValueError(f"norm_type must be positive, not {norm_type}")
     sums = [backend.power_sum(order) for backend in work.backends]
-    if work.exchange is None:
-        sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
     add = torch.Tensor.amax if order == math.inf else torch.Tensor.sum  # NaN wins
     if work.exchange is None:
+        sums = sums or [torch.zeros((), dtype=torch.float64, device="cpu")]
         total = add(torch.stack([moved(s, sums[0].device) for s in sums]))
     else:
         there = work.exchange.device

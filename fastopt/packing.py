@@ -302,9 +302,9 @@ class Stored:
     @property
     def block(self) -> int:
         """How many elements of ``a`` share one of ``b``."""
-        return (
-            max(self.a.numel() // self.b.numel(), 1) if self.b is not None and self.b.numel() else 1
-        )
+        if self.b is None or not self.b.numel():
+            return 1
+        return max(self.a.numel() // self.b.numel(), 1)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The numbers in the type of the arithmetic."""

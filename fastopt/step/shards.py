@@ -281,7 +281,6 @@ class Exchange:
             RuntimeError: the ranks do not take part alike, or one of them is gone.
             ValueError: this rank cannot know the sums.
         """
-
         if self._elsewhere:
             raise ValueError(
                 f"the norm of the gradients cannot be known on this rank, which is none of the "
